@@ -1,0 +1,307 @@
+"""Adapters: surgery on a model, written as code and undone without a trace.
+
+An adapter is a Chain that takes the place of a module, its *target*, which usually becomes one of its children:
+
+    class MyAdapter(fl.Sum, fl.Adapter[fl.Linear]):
+        def __init__(self, target: fl.Linear) -> None:
+            with self.setup_adapter(target):
+                super().__init__(target, fl.Linear(…))
+
+    adapter = MyAdapter(layer).inject(parent)
+    adapter.eject()                             # the model is exactly as before
+
+Adapters nest: one that is injected later on the same target stands inside the ones before it, and they may be ejected
+in any order. An injection is a transaction: it is done completely or not at all.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, TypeVar, cast
+from weakref import ref
+
+from torch import nn
+
+from refiners.errors import AdapterError, AdapterTypeError
+from refiners.fluxion.layers.branch import holders_of
+from refiners.fluxion.layers.chain import Chain
+from refiners.fluxion.layers.journal import note_undo, transaction
+from refiners.fluxion.layers.module import ContextModule
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def lookup_top_adapter(top: Chain, target: nn.Module) -> nn.Module:
+    """The outermost adapter around `target` inside of `top`, or the target itself.
+
+    Only adapters of the target count, and adapters of these: not the Chains that merely hold it.
+    """
+
+    def is_around(module: nn.Module, _: Any) -> bool:
+        if module is target:
+            raise StopIteration  # adapters of what the target holds are not around it
+        return is_adapter(module) and module.leads_to(target)
+
+    # The walk goes from the outside in. An adapter that does not hold its target is found like any other.
+    return next((module for module, _ in top.walk(is_around)), target)
+
+
+def is_adapter(module: object) -> TypeGuard["AnyAdapter"]:
+    """Whether a module is an adapter, injected or not."""
+    return isinstance(module, Adapter)
+
+
+class Adapter(Generic[T]):
+    """Mixed into a Chain, makes it an adapter of a module of type T.
+
+    Raises:
+        AdapterTypeError: (an AssertionError) A subclass is no Chain.
+    """
+
+    _target: Any = None
+    _is_injected = False
+    # Copies of this adapter in the other places of a target that a tree holds several times.
+    _twins: "tuple[Adapter[T], ...]" = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, Chain):
+            raise AdapterTypeError(
+                f"Adapter {cls.__name__} must be a Chain: class {cls.__name__}(fl.Chain, fl.Adapter[…])."
+            )
+        for name in ("inject", "eject"):
+            if name in cls.__dict__:
+                setattr(cls, name, _in_transaction(cls.__dict__[name]))
+
+    @property
+    def target(self) -> T:
+        """The module that this adapter adapts."""
+        if self._target is None:
+            raise AdapterError(
+                f"{type(self).__name__} has no target yet: call setup_adapter(target) in its constructor."
+            )
+        return self._target
+
+    @property
+    def is_injected(self) -> bool:
+        """Whether this adapter stands in the place of its target."""
+        return self._is_injected
+
+    def adapts(self, module: nn.Module) -> bool:
+        """Whether that module is the target."""
+        return self._target is module
+
+    def leads_to(self, module: nn.Module) -> bool:
+        """Whether that module is the target, or the target of an adapter that is the target, and so on."""
+        target: Any = self._target
+        while target is not None and target is not module:
+            target = getattr(target, "_target", None)
+        return target is module
+
+    @contextmanager
+    def setup_adapter(self, target: T) -> Generator[None]:
+        """Open this around `super().__init__(…)`: the target may become a child, and still keeps its parent."""
+        if not isinstance(cast(object, target), nn.Module):
+            raise AdapterTypeError(f"{type(self).__name__} adapts a module, not {type(target).__name__}.")
+        # Not an attribute in the sense of torch: the target must not become a child by being known.
+        self.__dict__["_target"] = target
+        with ExitStack() as stack:
+            if isinstance(target, ContextModule):
+                stack.enter_context(target.no_parent_refresh())
+            yield
+
+    def inject(self, parent: Chain | None = None) -> Self:
+        """Take the place of the target, and return this adapter.
+
+        Args:
+            parent: A Chain that holds the target, at any depth. Needed for a leaf, which does not know its parent.
+                A target that stands there several times is adapted everywhere. Without it, a Chain that is nobody's
+                child gets this adapter as its parent.
+
+        Raises:
+            AdapterError: (a ValueError) The target is not there, the parent is missing, or this adapter is injected
+                already. The tree is as before.
+        """
+        with transaction():
+            chain = self._as_chain()
+            if self._is_injected:
+                raise AdapterError(f"{chain} is injected already. Eject it first, or build a second adapter.")
+            target = self.target
+            places = self._places(parent)
+            self._match_training_mode()
+            _set(self, "_is_injected", True)
+            if not places:
+                self._become_parent(cast(Any, target))
+                return self
+            copies = [chain.structural_copy() for _ in places[1:]]
+            for place, adapter in zip(places, [chain, *copies], strict=True):
+                _put(place, target, adapter)
+            for copied in copies:
+                _set(copied, "_is_injected", True)
+            _set(self, "_twins", tuple(copies))
+        return self
+
+    def eject(self) -> None:
+        """Put the target back where it was, or the outermost adapter that was injected around it later.
+
+        Raises:
+            AdapterError: (a ValueError) This adapter is not injected.
+        """
+        with transaction():
+            chain = self._as_chain()
+            if not self._is_injected:
+                raise AdapterError(f"{chain} is not in any tree, so it cannot be ejected. Inject it first.")
+            for twin in self._twins:
+                twin.eject()
+            _set(self, "_twins", ())
+            self._eject_from_place(chain)
+            _set(self, "_is_injected", False)
+
+    def _as_chain(self) -> Chain:
+        assert isinstance(self, Chain)
+        return self
+
+    def _eject_from_place(self, chain: Chain) -> None:
+        target = cast(nn.Module, self.target)
+        parent = chain.parent
+        is_root_adapter = target.__dict__.get("_root_adapter") is self
+        if parent is None and not is_root_adapter:
+            raise AdapterError(
+                f"{chain} is not in any tree: it was taken out of its parent by hand. Put it back first."
+            )
+        top = lookup_top_adapter(chain, target)
+        if top is not target:
+            # The inner adapter moves out, and this one holds its target again, as it did before it was injected.
+            chain.ensure_find_parent(top).replace_everywhere(top, target)
+        if parent is not None:
+            parent.replace_everywhere(chain, top)
+        _set_parent(chain, None)
+        _set_parent(top, parent)
+        _set(top, "_replaced_by", None)
+        # Whoever is a root keeps the adapter that has become its parent alive.
+        if is_root_adapter:
+            _set(target, "_root_adapter", None)
+        outer_root = chain.__dict__.get("_root_adapter")
+        if outer_root is not None:
+            _set(chain, "_root_adapter", None)
+            _set(top, "_root_adapter", outer_root)
+        elif is_root_adapter and parent is None and top is not target:
+            _set(target, "_root_adapter", top)
+        outers: list[Chain] = [] if parent is None else [parent, *parent.get_parents()]
+        for outer in outers:
+            if is_adapter(outer) and outer.adapts(chain):
+                _set(outer, "_target", top)
+
+    def _places(self, parent: Chain | None) -> list[Chain]:
+        """The Chains that hold the target directly. None of them: the target is a root."""
+        target = cast(nn.Module, self.target)
+        chain = self._as_chain()
+        if chain.parent is not None:
+            raise AdapterError(f"{chain} is a child of {chain.parent}. An adapter to inject must not be in a tree yet.")
+        if parent is not None:
+            places = _holders(parent, target)
+            if not places:
+                raise AdapterError(f"{target} is not in {parent}.{_explain_absence(parent, target)}")
+            return places
+        if not isinstance(target, ContextModule):
+            raise AdapterError(
+                f"{target} is a leaf, which does not know its parent: say where it is, as in "
+                f"{type(self).__name__}(layer).inject(parent)."
+            )
+        if target.parent is not None and target.parent is not chain and target in target.parent:
+            return [target.parent]
+        replaced_by = target.__dict__.get("_replaced_by")
+        other = target.__dict__.get("_root_adapter") or (replaced_by and replaced_by())
+        if other is not None:
+            raise AdapterError(f"{target} is not in any tree: {other} stands in its place. Adapt or eject that one.")
+        return []
+
+    def _become_parent(self, target: ContextModule) -> None:
+        chain = self._as_chain()
+        _set_parent(target, _chain_holding(chain, target))
+        # Nobody else may hold this adapter, and a child does not keep its parent alive.
+        _set(target, "_root_adapter", chain)
+
+    def _match_training_mode(self) -> None:
+        target = cast(nn.Module, self.target)
+        theirs = {id(module) for module in target.modules()}
+        for module in self._as_chain().modules():
+            if id(module) not in theirs and module.training != target.training:
+                _set(module, "training", target.training)
+
+    def _pre_structural_copy(self) -> None:
+        if isinstance(self.target, Chain):
+            raise AdapterError(f"{type(self).__name__} adapts a Chain, which a copy would share: eject them first.")
+
+    def _post_structural_copy(self, source: "Adapter[T]") -> None:
+        self.__dict__["_target"] = source.target
+        self.__dict__["_twins"] = ()
+
+
+if TYPE_CHECKING:
+
+    class AnyAdapter(Chain, Adapter[Any]):
+        """What every adapter is, to a type checker."""
+
+
+def _in_transaction(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with transaction():
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _set(module: Any, name: str, value: Any) -> None:
+    """Set a plain attribute, or delete it with None, so that a transaction can undo it."""
+    missing = object()
+    before = module.__dict__.get(name, missing)
+
+    def undo() -> None:
+        if before is missing:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = before
+
+    note_undo(undo)
+    if value is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = value
+
+
+def _set_parent(module: nn.Module, parent: Chain | None) -> None:
+    if isinstance(module, ContextModule):
+        _set(module, "_parent", None if parent is None else ref(parent))
+
+
+def _put(place: Chain, target: nn.Module, adapter: Chain) -> None:
+    place.replace_everywhere(target, adapter)
+    _set_parent(adapter, place)
+    if isinstance(target, ContextModule):
+        holder = adapter.find_parent(target)
+        _set_parent(target, holder)
+        if holder is None:
+            _set(target, "_replaced_by", ref(adapter))
+
+
+def _chain_holding(adapter: Chain, target: nn.Module) -> Chain:
+    holder = adapter.find_parent(target)
+    return adapter if holder is None else holder
+
+
+def _holders(top: Chain, target: nn.Module) -> list[Any]:
+    """The Chains in the tree of `top` that have the target as a child."""
+    if isinstance(target, ContextModule):
+        branches: list[Any] = [] if target.parent is None or target not in target.parent else [target.parent]
+    else:
+        branches = holders_of(target)
+    return [branch for branch in branches if branch is top or any(parent is top for parent in branch.get_parents())]
+
+
+def _explain_absence(top: Chain, target: nn.Module) -> str:
+    for module in top.modules():
+        if is_adapter(module) and module.adapts(target) and module.is_injected:
+            return f" {module} has taken its place and does not hold it: adapt or eject that one."
+    return " Give the Chain that holds it, at any depth."
