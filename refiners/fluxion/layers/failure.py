@@ -85,7 +85,10 @@ def _own_traceback(error: Exception) -> str:
 
 def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        text = repr(value)
+        try:
+            text = repr(value)
+        except Exception as error:  # the failure to explain is another one
+            text = f"its repr raises {type(error).__name__}"
         return f"{type(value).__name__}({text if len(text) <= 80 else text[:77] + '...'})"
     from refiners.fluxion.utils import summarize_tensor
 

@@ -37,10 +37,23 @@ def adopt_weights(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool
             weight.data = tensor
         else:
             rest[key] = tensor
-    if on_meta:
-        module.load_state_dict(on_meta, strict=False, assign=True)
+    _bring_to_life(module, weights, on_meta)
     if rest:
         module.load_state_dict(rest, strict=False)
+
+
+def _bring_to_life(module: nn.Module, weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Replace weights on the meta device, which cannot take a memory over. One that has several names stays one."""
+    alive: dict[int, nn.Parameter] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        owner = module.get_submodule(path)
+        weight = weights[key]
+        if isinstance(weight, nn.Parameter):
+            parameter = alive.setdefault(id(weight), nn.Parameter(tensor, requires_grad=weight.requires_grad))
+            owner.register_parameter(name, parameter)
+        else:
+            setattr(owner, name, tensor)
 
 
 def _check(

@@ -276,6 +276,11 @@ class FunctionModule(Module):
                 "the top of a module, or save the weights alone: torch.save(model.state_dict(), path)."
             ) from error
 
+    def __copy__(self) -> Any:
+        clone = object.__new__(type(self))
+        clone.__dict__.update(super().__getstate__())
+        return clone
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         clone = object.__new__(type(self))
         memo[id(self)] = clone

@@ -52,7 +52,7 @@ class TreeNode(TypedDict):
 def describe(module: nn.Module) -> str:
     """The line of one module: `(TAG) Name(attribute=value)`."""
     class_name = type(module).__name__
-    tag = getattr(module, "_tag", None)
+    tag = getattr(type(module), "_tag", None)  # of the class: a wrapper may answer for what it wraps
     if tag is None:  # a module that is not one of ours
         return f"{class_name}({' '.join(module.extra_repr().split())})"
     if not tag:
