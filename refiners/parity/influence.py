@@ -1,0 +1,82 @@
+"""Proof that the compared outputs depend on each weight: a weight without influence could hold any bug.
+
+In float64 the gradient of a weight that cannot change the outputs is exactly zero or rounding noise. Such weights (the
+bias of keys under a softmax, the rows of an unused head) have to be declared, with the reason; a declared weight that
+does influence the outputs is a stale line, and as wrong as a missing one.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from refiners.parity.rounding import FLOAT64_AGREEMENT
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What the gradients of upstream's weights show."""
+
+    faults: tuple[str, ...]
+    noise: frozenset[str]
+    """Declared keys: their gradients are noise around zero."""
+    magnitude: float
+    """The typical largest gradient of the other weights: the scale of that noise."""
+    without_gradient: float
+    """Share of all weights, counted by element, whose gradient is exactly zero."""
+
+
+def some(names: Sequence[str], *, limit: int = 20) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(f"`{name}`" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def matches(pattern: str, key: str) -> bool:
+    """Whether a declared pattern covers a key: `{i}` (any name) is a number, `*` is anything."""
+    parts = re.split(r"(\{\w*\}|\*)", pattern)
+    regex = "".join(".*" if p == "*" else r"\d+" if p.startswith("{") else re.escape(p) for p in parts)
+    return re.fullmatch(regex, key) is not None
+
+
+def examine(
+    gradients: Mapping[str, Tensor | None], sizes: Mapping[str, int], declared: Mapping[str, str], *, judge: bool
+) -> Influence:
+    """Looks at the gradients of upstream's weights.
+
+    Receives:
+        gradients: by upstream's keys.
+        sizes: number of elements of each of those weights.
+        declared: pattern → reason, the case's `without_influence`.
+        judge: whether missing and stale declarations are faults (in float64, on informative weights).
+    """
+    largest = {key: float(g.abs().max()) if g is not None and g.numel() else 0.0 for key, g in gradients.items()}
+    noise = frozenset(key for key in largest if any(matches(pattern, key) for pattern in declared))
+    others = sorted(value for key, value in largest.items() if key not in noise and 0 < value < math.inf)
+    magnitude = others[len(others) // 2] if others else 0.0
+    zeros = sum(sizes[key] if g is None else int((g == 0).sum()) for key, g in gradients.items())
+    share = zeros / max(1, sum(sizes[key] for key in gradients))
+    faults = _faults(largest, noise, declared, FLOAT64_AGREEMENT * magnitude) if judge else []
+    return Influence(tuple(faults), noise, magnitude, share)
+
+
+def _faults(
+    largest: Mapping[str, float], noise: Collection[str], declared: Mapping[str, str], limit: float
+) -> list[str]:
+    faults: list[str] = []
+    broken = [key for key, value in largest.items() if not math.isfinite(value)]
+    if broken:
+        faults.append(f"the gradient of {some(broken)} is not finite, so it proves nothing")
+    idle = [key for key, value in largest.items() if value <= limit and key not in noise]
+    if idle:
+        faults.append(
+            f"{some(idle)} cannot influence the compared outputs: compare more outputs, or declare the weight in "
+            "`without_influence` with the reason"
+        )
+    stale = [key for key in sorted(noise) if largest[key] > limit]
+    if stale:
+        faults.append(f"{some(stale)} is declared in `without_influence` but influences the outputs: the line is stale")
+    unknown = [pattern for pattern in declared if not any(matches(pattern, key) for key in largest)]
+    return faults + [f"`{pattern}` in `without_influence` matches no weight of upstream" for pattern in unknown]

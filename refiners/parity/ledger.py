@@ -1,0 +1,130 @@
+"""The ledger: every result that is not bitwise, and every known gap, with its cause and the condition that ends it.
+
+    [[line]]
+    id = "clip/text-l"
+    lane = "bfloat16"
+    verdict = "ROUNDING"      # or "DIFFERENT": a known gap
+    cause = "upstream adds the two biases one after the other, the port adds their sum"
+    until = "transformers releases the fused addition"
+
+A line excuses exactly the verdict it names. A line whose case is equal by now, or is not registered any more, is an
+error: nobody has to wonder which lines still hold.
+"""
+
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from refiners.errors import ParityError
+from refiners.parity.result import Result, Verdict
+
+
+@dataclass(frozen=True)
+class Line:
+    """One excuse."""
+
+    id: str
+    lane: str
+    verdict: Verdict
+    cause: str
+    until: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a result may stand."""
+
+    accepted: bool
+    message: str = ""
+    known_gap: bool = False
+    """Accepted although DIFFERENT."""
+
+
+class Ledger:
+    """The lines of a ledger file, or none.
+
+    Raises:
+        ParityError: two lines excuse the same case in the same lane.
+    """
+
+    def __init__(self, lines: Sequence[Line] = (), name: str = "the ledger") -> None:
+        self.name = name
+        self.lines: dict[tuple[str, str], Line] = {}
+        for line in lines:
+            if (line.id, line.lane) in self.lines:
+                raise ParityError(f"{name} has two lines for {line.id}[{line.lane}]. Keep one.")
+            self.lines[line.id, line.lane] = line
+
+    @classmethod
+    def load(cls, path: Path) -> "Ledger":
+        """Reads a ledger file.
+
+        Raises:
+            ParityError: the file cannot be read, a line lacks a field or has an unknown one. Lists every line at fault.
+        """
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ParityError(f"The ledger {path} cannot be read: {error}.") from error
+        unknown = [key for key in data if key != "line"]
+        tables = data.get("line", [])
+        if unknown or not isinstance(tables, list):
+            raise ParityError(f"The ledger {path} holds [[line]] tables only, got {', '.join(unknown) or 'a table'}.")
+        lines: list[Line] = []
+        problems: list[str] = []
+        for number, table in enumerate(cast(list[Any], tables), start=1):
+            _read(number, table, lines, problems)
+        if problems:
+            raise ParityError(f"The ledger {path} cannot be used: {'; '.join(problems)}.")
+        return cls(lines, str(path))
+
+    def judge(self, result: Result) -> Judgement:
+        """Whether a result may stand as it is."""
+        line = self.lines.get((result.case, result.lane))
+        if line is None:
+            return _unexcused(result)
+        if result.verdict is line.verdict:
+            return Judgement(True, f"{result.verdict}, known: {line.cause}", result.verdict is Verdict.DIFFERENT)
+        if result.verdict is Verdict.DIFFERENT:
+            return Judgement(False, f"DIFFERENT, while {self.name} excuses {line.verdict} only: {result.reason}")
+        stale = f"{self.name} says {line.verdict}, but it is {result.verdict} now"
+        return Judgement(False, f"{stale}: {'remove' if result.verdict is Verdict.BITWISE else 'change'} the line")
+
+    def stale(self, registered: Collection[tuple[str, str]], *, complete: bool) -> list[str]:
+        """Lines about a case or lane that does not exist.
+
+        Receives:
+            registered: case id and lane of everything that could have run, whatever lanes were chosen.
+            complete: whether all cases were loaded. If not, only families of which some case was loaded are judged.
+        """
+        families = {case_id.split("/")[0] for case_id, _ in registered}
+        return [
+            f"{self.name} has a line for {line.id}[{line.lane}], which is not registered: remove it"
+            for key, line in self.lines.items()
+            if key not in registered and (complete or line.id.split("/")[0] in families)
+        ]
+
+
+def _unexcused(result: Result) -> Judgement:
+    if result.verdict is Verdict.BITWISE:
+        return Judgement(True, "BITWISE")
+    if result.verdict is Verdict.ROUNDING:
+        return Judgement(False, f"ROUNDING without a line in the ledger that names its cause: {result.reason}")
+    return Judgement(False, f"DIFFERENT: {result.reason}")
+
+
+def _read(number: int, table: Mapping[str, Any], lines: list[Line], problems: list[str]) -> None:
+    names = ("id", "lane", "verdict", "cause", "until")
+    missing = [name for name in names if not str(table.get(name, "")).strip()]
+    unknown = [name for name in table if name not in names]
+    verdicts = (Verdict.ROUNDING, Verdict.DIFFERENT)
+    if missing or unknown:
+        wrong = [f"lacks {', '.join(missing)}"] if missing else []
+        wrong += [f"has an unknown {', '.join(unknown)}"] if unknown else []
+        problems.append(f"line {number} {' and '.join(wrong)}")
+    elif table["verdict"] not in verdicts:
+        problems.append(f"line {number} may excuse {' or '.join(verdicts)}, got {table['verdict']!r}")
+    else:
+        lines.append(Line(table["id"], table["lane"], Verdict(table["verdict"]), table["cause"], table["until"]))

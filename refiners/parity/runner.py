@@ -1,0 +1,303 @@
+"""Running one case: build both sides, hand the weights over, compute, compare, say the verdict.
+
+Whatever goes wrong on the way, on either side, ends in a `Result` with one line that says where; nothing a case does
+can end the run of the others.
+"""
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refiners.errors import ChainError, ParityError, RefinersError
+from refiners.parity import influence, rounding, verdict, weights
+from refiners.parity.case import Case
+from refiners.parity.environment import origin_of, package_behind
+from refiners.parity.influence import Influence, some
+from refiners.parity.inputs import draw_inputs, place_inputs
+from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.modules import modules
+from refiners.parity.pairing import Kind, Pair, pair_gradients, pair_outputs, truth_tensors
+from refiners.parity.result import Result, Verdict
+from refiners.parity.rounding import ErrorPair
+from refiners.parity.side import Observed, observe
+from refiners.parity.torch_state import default_dtype, seed_torch
+from refiners.parity.verdict import Comparison
+from refiners.parity.weights import Sharing
+
+
+class _StageError(Exception):
+    """Something raised while a stage of a case ran."""
+
+    def __init__(self, stage: str, error: BaseException) -> None:
+        super().__init__(stage)
+        self.stage, self.error = stage, error
+
+
+@contextmanager
+def _stage(name: str) -> Generator[None, None, None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise _StageError(name, error) from error
+
+
+@dataclass
+class _Compared:
+    """All that a lane's result is made of."""
+
+    upstream: nn.Module
+    sides: tuple[Observed, Observed]
+    sharing: Sharing
+    comparisons: list[Comparison]
+    faults: list[str]
+    influence: Influence | None
+
+
+class CaseRunner:
+    """Runs a case in its lanes. Lanes of one case share its inputs and the verdict of its float64 lane.
+
+    Receives:
+        case: what to run.
+        threads: number of threads inside an operation, the same on both sides.
+
+    Example:
+        ```py
+        result = CaseRunner(case).run(Lane("float32"))
+        ```
+    """
+
+    def __init__(self, case: Case, *, threads: int = 1) -> None:
+        self.case = case
+        self.threads = threads
+        self._results: dict[Lane, Result] = {}
+        self._inputs: dict[str, Any] | None = None
+        self._values: Mapping[str, Tensor] | None = None
+
+    def run(self, lane: Lane) -> Result:
+        """The result of one lane; computed once."""
+        if lane not in self._results:
+            self._results[lane] = self._run(lane)
+        return self._results[lane]
+
+    def _run(self, lane: Lane) -> Result:
+        started = time.perf_counter()
+        label = ""
+        try:
+            with held_equal(lane, threads=self.threads), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with _stage("drawing the inputs"):
+                    self._inputs = draw_inputs(self.case) if self._inputs is None else self._inputs
+                with _stage("building upstream"):
+                    upstream = self._upstream(lane)
+                    label = origin_of(upstream)
+                compared = self._compare(lane, upstream)
+            with _stage("judging"):
+                result = self._judge(lane, compared)
+        except _StageError as failure:
+            result = self._failed(lane, failure, label)
+        except Exception as error:  # a setting of torch that cannot be read or changed
+            result = self._failed(lane, _StageError("preparing the lane", error), label)
+        return replace(result, seconds=round(time.perf_counter() - started, 4))
+
+    # Both sides
+
+    def _build(self, builder: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+        seed_torch(self.case.seed)
+        with default_dtype(dtype):
+            model = builder()
+        if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # a third party's function
+            raise ParityError(f"The builder must return a torch.nn.Module, got {type(model).__name__}.")
+        found = {entry.tensor.dtype for entry in weights.floating_entries(model)}
+        if found and dtype not in found:
+            raise ParityError(
+                f"The builder made weights of {', '.join(map(str, found))} under the default dtype {dtype}. "
+                "Give no dtype in a builder: the engine sets the default one."
+            )
+        model.eval()
+        return model
+
+    def _upstream(self, lane: Lane) -> nn.Module:
+        model = self._build(self.case.upstream, lane.dtype)
+        weights.align(model)
+        if self.case.weights is None and self.case.init == "informative":
+            weights.fill_informative(model, self.case.seed)
+        else:
+            weights.fill_from(model, self._given_weights())
+        return model.to(lane.device)
+
+    def _given_weights(self) -> Mapping[str, Tensor]:
+        if self._values is None:
+            if self.case.weights is not None:
+                self._values = self.case.weights()
+            else:
+                self._values = self._build(self.case.upstream, torch.float32).state_dict()
+        return self._values
+
+    def _port(self, lane: Lane, upstream: nn.Module) -> tuple[nn.Module, Sharing]:
+        with _stage("building the port"):
+            port = self._build(self.case.port, lane.dtype).to(lane.device)
+            if set(modules(port)) & set(modules(upstream)):
+                raise ParityError("The port and upstream share modules: the port would be compared with itself.")
+        with _stage("converting the weights"):
+            return port, weights.share(upstream, port, self.case.key_map)
+
+    def _observe(self, lane: Lane, model: nn.Module, dtype: torch.dtype, *, is_port: bool) -> Observed:
+        assert self._inputs is not None
+        paths = {path: path if is_port else other for path, other in self.case.taps.items()}
+        rounded = place_inputs(self._inputs, lane.dtype, lane.device)
+        return observe(
+            model,
+            self.case.run_port if is_port else self.case.run_upstream,
+            place_inputs(rounded, dtype, lane.device),
+            taps=paths,
+            gradients=self.case.gradients,
+            seed=self.case.seed,
+            rounded_to=lane.dtype,
+        )
+
+    def _truth(self, lane: Lane, upstream: nn.Module, seen: Observed) -> Observed | None:
+        """Upstream in float64 on this lane's rounded weights and inputs."""
+        if "float64" not in self.case.lanes:
+            return None
+        if lane.is_truth:
+            return seen
+        with _stage("running upstream in float64"):
+            model = self._build(self.case.upstream, torch.float64).to(lane.device)
+            weights.fill_from(model, upstream.state_dict())
+            return self._observe(lane, model, torch.float64, is_port=False)
+
+    # Comparison
+
+    def _compare(self, lane: Lane, upstream: nn.Module) -> _Compared:
+        port, sharing = self._port(lane, upstream)
+        trained = {name for name, p in upstream.named_parameters(remove_duplicate=False) if p.requires_grad}
+        faults = _frozen(port, sharing, trained)
+        with _stage("running upstream"):
+            ours = self._observe(lane, upstream, lane.dtype, is_port=False)
+        with _stage("running the port"):
+            theirs = self._observe(lane, port, lane.dtype, is_port=True)
+        truth = self._truth(lane, upstream, ours)
+        with _stage("comparing"):
+            pairs, unpaired = pair_outputs(ours, theirs)
+            addresses = {tensor.untyped_storage().data_ptr() for tensor in upstream.state_dict().values()}
+            faults = [*_side_faults(ours, theirs), *sharing.faults, *faults, *unpaired]
+            faults += verdict.uninformative(pairs, addresses)
+            found = None
+            if self.case.gradients:
+                untrained = ours.gradients.keys() - trained
+                models = (upstream, port)
+                gradients, unpaired = pair_gradients(ours, theirs, models, self.case.key_map, frozen=untrained)
+                found = self._influence(lane, upstream, ours)
+                pairs += gradients
+                faults += [*unpaired, *found.faults, *_nothing_differentiable(ours)]
+            comparisons = _compare_all(pairs, truth, found)
+        return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found)
+
+    def _influence(self, lane: Lane, upstream: nn.Module, ours: Observed) -> Influence:
+        sizes = {name: parameter.numel() for name, parameter in upstream.named_parameters(remove_duplicate=False)}
+        informative = self.case.weights is None and self.case.init == "informative"
+        return influence.examine(
+            ours.gradients, sizes, self.case.without_influence, judge=informative and lane.is_truth
+        )
+
+    def _judge(self, lane: Lane, compared: _Compared) -> Result:
+        float64: Verdict | None = None
+        if "float64" in self.case.lanes and not lane.is_truth and not all(c.bitwise for c in compared.comparisons):
+            float64 = self.run(Lane("float64", lane.device)).verdict
+        decided, reasons = verdict.judge(compared.comparisons, compared.faults, lane, float64_verdict=float64)
+        theirs = compared.sides[1]
+        worst = [c.worst for c in compared.comparisons if c.worst]
+        result = Result(
+            case=self.case.id,
+            lane=lane.name,
+            verdict=decided,
+            reasons=tuple(reasons),
+            notes=tuple(_notes(self.case, compared.sharing)),
+            tensors=len(compared.comparisons),
+            elements=sum(c.pair.upstream.numel() for c in compared.comparisons),
+            leaves=len(theirs.leaves - theirs.silent_leaves),
+            worst=worst[0] if worst else None,
+            without_gradient=compared.influence.without_gradient if compared.influence else None,
+            upstream=origin_of(compared.upstream),
+        )
+        return _with_errors(result, compared.comparisons)
+
+    def _failed(self, lane: Lane, failure: _StageError, upstream: str) -> Result:
+        error = failure.error
+        return Result(
+            case=self.case.id,
+            lane=lane.name,
+            verdict=Verdict.DIFFERENT,
+            reasons=(f"{failure.stage} raised {_in_one_line(error)}",),
+            upstream=upstream,
+            traceback="".join(traceback.format_exception(error, limit=-6, chain=False)),
+        )
+
+
+def _in_one_line(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error, ChainError) and error.__cause__ else error
+    lines = str(cause).strip().splitlines() or [""]
+    where = f" in {str(error).strip().splitlines()[0]}" if cause is not error else ""
+    package = package_behind(error)
+    told = "\n".join(lines) if isinstance(cause, RefinersError) else lines[0]
+    return f"{type(cause).__name__}: {told}{where}{f' ({package})' if package else ''}"
+
+
+def _compare_all(pairs: list[Pair], truth: Observed | None, found: Influence | None) -> list[Comparison]:
+    right = truth_tensors(truth) if truth else {}
+
+    def noise(pair: Pair) -> float | None:
+        return found.magnitude if found and pair.kind is Kind.GRADIENT and pair.name in found.noise else None
+
+    return [verdict.compare(p, right.get((p.kind, p.name)), noise_magnitude=noise(p)) for p in pairs]
+
+
+def _side_faults(ours: Observed, theirs: Observed) -> list[str]:
+    faults = [f"upstream: {fault}" for fault in ours.faults] + [f"the port: {fault}" for fault in theirs.faults]
+    silent = sorted(theirs.silent_leaves)
+    return [*faults, f"leaves of the port that never ran: {some(silent)}"] if silent else faults
+
+
+def _frozen(port: nn.Module, sharing: Sharing, trained: Collection[str]) -> list[str]:
+    """Weights that train upstream and not in the port. Looked at before the engine asks for every gradient."""
+    return [
+        f"the port's `{name}` has requires_grad=False, upstream's `{sharing.upstream_key[name]}` trains"
+        for name, parameter in port.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad and sharing.upstream_key.get(name) in trained
+    ]
+
+
+def _nothing_differentiable(ours: Observed) -> list[str]:
+    if ours.differentiable or not (ours.gradients or ours.input_gradients):
+        return []
+    return ["no output depends on a weight or a floating input: set gradients=False if that is so"]
+
+
+def _notes(case: Case, sharing: Sharing) -> list[str]:
+    copied, total = len(sharing.copied), len(sharing.copied) + sharing.shared
+    notes = [f"{copied} of {total} port tensors are copies, not upstream's storage"] if copied else []
+    return notes if case.gradients else [*notes, "gradients=False: no weight is shown to influence the outputs"]
+
+
+def _with_errors(result: Result, comparisons: list[Comparison]) -> Result:
+    """The result with the errors of outputs and gradients of both sides against float64."""
+    outputs = [c.errors for c in comparisons if c.errors and not c.pair.kind.is_gradient]
+    gradients = [c.errors for c in comparisons if c.errors and c.pair.kind.is_gradient and c.counts_in_ratio]
+    if outputs:
+        upstream, port = _joint(outputs)
+        result = replace(result, error_upstream=upstream, error_port=port)
+    if gradients:
+        upstream, port = _joint(gradients)
+        result = replace(result, gradient_error_upstream=upstream, gradient_error_port=port)
+    return result
+
+
+def _joint(pairs: list[ErrorPair]) -> tuple[float, float]:
+    return rounding.joint_error([p.upstream for p in pairs]), rounding.joint_error([p.port for p in pairs])
