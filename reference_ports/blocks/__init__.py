@@ -1,0 +1,1 @@
+"""Nodes that two families truly share."""
