@@ -1,0 +1,3 @@
+"""Every registered case in every lane; see `refiners.parity.plugin`."""
+
+PARITY_CASES = "parity_tests.cases"
