@@ -1,0 +1,126 @@
+"""Every check of the project: `nox -l` lists them, `nox -s NAME -- ARGUMENTS` runs one.
+
+All sessions share one environment, `.nox/environment`, because torch alone takes almost a gigabyte; each adds the
+dependency group of its own name (pyproject.toml) at the pinned versions (constraints.txt). On a machine that has
+everything, `--no-venv --no-install` runs them with the Python that has torch.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "tests", "parity"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
+ENVIRONMENT = ROOT / ".nox" / "environment"
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "PIP_CONSTRAINT": str(CONSTRAINTS), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+# A room as `testpaths` gives way to paths among the arguments: `nox -s tests -- tests/refiners/test_cli.py`.
+PYTEST = ["-m", "pytest", "--override-ini"]
+PACKAGES = ["refiners", "reference_ports", "parity_tests", "benchmarks", "tests", "tools", "docs", "noxfile.py"]
+
+# True where a session must not make or use `.nox/environment`: under --no-venv, said by the session that makes it.
+provided_by_the_machine = not ENVIRONMENT.exists()
+
+
+def pinned(package: str) -> str:
+    """The requirement that constraints.txt holds for a package, such as `torch==2.13.0`."""
+    for line in CONSTRAINTS.read_text().splitlines():
+        if line.lower().replace("_", "-").startswith(f"{package.lower().replace('_', '-')}=="):
+            return line
+    raise LookupError(f"{package} has no line in {CONSTRAINTS.name}: add one, such as `{package}==1.0`.")
+
+
+def python() -> str:
+    """The interpreter that sessions run: the shared environment's, or the machine's under --no-venv."""
+    if not provided_by_the_machine:
+        return str(ENVIRONMENT / SCRIPTS / "python")
+    # nox itself may live apart from torch (pipx, uvx); then the first Python of the PATH is meant.
+    return sys.executable if importlib.util.find_spec("torch") else "python"
+
+
+def install(session: nox.Session, group: str, *options: str) -> None:
+    """Add a dependency group to the shared environment, at the pinned versions."""
+    if provided_by_the_machine:
+        return
+    requirements = nox.project.dependency_groups(GROUPS, group)
+    session.run(python(), "-m", "pip", "install", "--quiet", *options, *requirements, env=OFFLINE)
+
+
+def run(session: nox.Session, *arguments: str) -> None:
+    """Run a Python module or script of the environment from the root of the checkout."""
+    session.run(python(), *arguments, env=OFFLINE)
+
+
+@nox.session(reuse_venv=True)
+def environment(session: nox.Session) -> None:
+    """Make the environment that all sessions share: the pinned torch first, then this project, editable."""
+    global provided_by_the_machine
+    provided_by_the_machine = session.venv_backend == "none"
+    # Torch first and exactly: any other request would bring the newest build with its CUDA packages.
+    session.install(pinned("torch"), env=OFFLINE)
+    session.install(*nox.project.dependency_groups(GROUPS, "build"), env=OFFLINE)
+    session.install("--no-build-isolation", "--editable", ".", env=OFFLINE)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def parity(session: nox.Session) -> None:
+    """Prove that every port computes what its upstream computes; `-- -k clip` for some of them."""
+    install(session, "parity")
+    install(session, "published-files", "--no-deps")
+    run(session, *PYTEST, "testpaths=parity_tests", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def tests(session: nox.Session) -> None:
+    """Run the unit tests, the examples of the docs, and the planted faults of every rule."""
+    install(session, "tests")
+    run(session, *PYTEST, "testpaths=tests", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def docs(session: nox.Session) -> None:
+    """Run every example that stands in a docstring, the README or docs/."""
+    install(session, "docs")
+    run(session, *PYTEST, "testpaths=tests/test_documentation.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def lint(session: nox.Session) -> None:
+    """Check style, format, import contracts, the house rules, and that no generated file is stale."""
+    install(session, "lint")
+    run(session, "-m", "ruff", "check", *PACKAGES)
+    run(session, "-m", "ruff", "format", "--check", *PACKAGES)
+    session.run(str(Path(python()).with_name("lint-imports")), env=OFFLINE)
+    run(session, "-m", "tools.house_rules")
+    run(session, "-m", "tools.generated", "--check", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def types(session: nox.Session) -> None:
+    """Check the types of refiners and reference_ports with pyright, strictly."""
+    install(session, "types")
+    run(session, "-m", "pyright", "--pythonpath", python(), *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def benchmarks(session: nox.Session) -> None:
+    """Measure what the framework and injected adapters cost, against budgets and baselines."""
+    install(session, "benchmarks")
+    run(session, *PYTEST, "testpaths=benchmarks", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def fix(session: nox.Session) -> None:
+    """Repair what a machine can: style, format, and the generated files."""
+    install(session, "lint")
+    run(session, "-m", "ruff", "check", "--fix-only", *PACKAGES)
+    run(session, "-m", "ruff", "format", *PACKAGES)
+    run(session, "-m", "tools.generated", "--write", *session.posargs)
