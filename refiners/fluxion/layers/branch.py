@@ -83,7 +83,7 @@ class Branch(ContextModule):
         return self.__dict__["_modules"]
 
     @_modules.setter
-    def _modules(self, modules: dict[str, nn.Module]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _modules(self, modules: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride] (lazy)
         self.__dict__["_modules"] = modules
 
     def _name_children(self) -> None:

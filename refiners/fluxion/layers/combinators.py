@@ -31,7 +31,7 @@ class Residual(Chain):
     _tag = "RES"
     _takes_one_input = True
 
-    def _finish(self, inputs: tuple[Any], output: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _finish(self, inputs: tuple[Any], output: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (see Chain)
         return output + inputs[0]
 
 
@@ -40,7 +40,7 @@ class Passthrough(Chain):
 
     _tag = "PASS"
 
-    def _finish(self, inputs: tuple[Any, ...], output: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _finish(self, inputs: tuple[Any, ...], output: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (see Chain)
         return inputs
 
 
