@@ -322,8 +322,30 @@ def _merge(providers: list[ContextProvider], name: str) -> Context | None:
         return None
     top = holders[-1]
     if len(holders) > 1 and any(key not in top for context in holders for key in context):
-        return {key: value for context in holders for key, value in context.items()}
+        return _SplitContext(holders)
     return top
+
+
+class _SplitContext(dict[str, Any]):
+    """A context whose keys live in several providers: each is written where it lives, a new one in the topmost."""
+
+    def __init__(self, holders: list[Context]) -> None:
+        super().__init__({key: value for context in holders for key, value in context.items()})
+        self._holders = holders
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        holder = next((context for context in reversed(self._holders) if key in context), self._holders[-1])
+        holder[key] = value
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
 
 
 def find_provider(chain: ContextOwner | None, name: str, key: str | None = None) -> ContextProvider | None:

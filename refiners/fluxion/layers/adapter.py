@@ -23,10 +23,10 @@ from weakref import ref
 from torch import nn
 
 from refiners.errors import AdapterError, AdapterTypeError
-from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.journal import note_undo, transaction
 from refiners.fluxion.layers.module import ContextModule
+from refiners.fluxion.layers.slots import holders_of
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -60,6 +60,8 @@ class Adapter(Generic[T]):
 
     _target: Any = None
     _is_injected = False
+    # Injected on a target that is nobody's child.
+    _is_root = False
     # Copies of this adapter in the other places of a target that a tree holds several times.
     _twins: "tuple[Adapter[T], ...]" = ()
 
@@ -152,7 +154,8 @@ class Adapter(Generic[T]):
             if not self._is_injected:
                 raise AdapterError(f"{chain} is not in any tree, so it cannot be ejected. Inject it first.")
             for twin in self._twins:
-                twin.eject()
+                if twin.is_injected:
+                    twin.eject()
             _set(self, "_twins", ())
             self._eject_from_place(chain)
             _set(self, "_is_injected", False)
@@ -164,8 +167,7 @@ class Adapter(Generic[T]):
     def _eject_from_place(self, chain: Chain) -> None:
         target = cast(nn.Module, self.target)
         parent = chain.parent
-        is_root_adapter = target.__dict__.get("_root_adapter") is self
-        if parent is None and not is_root_adapter:
+        if parent is None and not self._is_root:
             raise AdapterError(
                 f"{chain} is not in any tree: it was taken out of its parent by hand. Put it back first."
             )
@@ -178,19 +180,21 @@ class Adapter(Generic[T]):
         _set_parent(chain, None)
         _set_parent(top, parent)
         _set(top, "_replaced_by", None)
-        # Whoever is a root keeps the adapter that has become its parent alive.
-        if is_root_adapter:
-            _set(target, "_root_adapter", None)
-        outer_root = chain.__dict__.get("_root_adapter")
-        if outer_root is not None:
-            _set(chain, "_root_adapter", None)
-            _set(top, "_root_adapter", outer_root)
-        elif is_root_adapter and parent is None and top is not target:
-            _set(target, "_root_adapter", top)
+        if self._is_root:
+            _set(chain, "_is_root", None)
+            self._pass_root_on(_base_of(target), top if parent is None else None)
         outers: list[Chain] = [] if parent is None else [parent, *parent.get_parents()]
         for outer in outers:
             if is_adapter(outer) and outer.adapts(chain):
                 _set(outer, "_target", top)
+
+    def _pass_root_on(self, base: nn.Module, top: nn.Module | None) -> None:
+        """What the model keeps alive: the outermost adapter around it, if nothing else holds that."""
+        if is_adapter(top):
+            _set(top, "_is_root", True)
+            _set(base, "_root_adapter", top)
+        elif base.__dict__.get("_root_adapter") is self:
+            _set(base, "_root_adapter", None)
 
     def _places(self, parent: Chain | None) -> list[Chain]:
         """The Chains that hold the target directly. None of them: the target is a root."""
@@ -219,15 +223,21 @@ class Adapter(Generic[T]):
     def _become_parent(self, target: ContextModule) -> None:
         chain = self._as_chain()
         _set_parent(target, _chain_holding(chain, target))
+        if is_adapter(target):
+            _set(target, "_is_root", None)
+        _set(chain, "_is_root", True)
         # Nobody else may hold this adapter, and a child does not keep its parent alive.
-        _set(target, "_root_adapter", chain)
+        _set(_base_of(target), "_root_adapter", chain)
 
     def _match_training_mode(self) -> None:
         target = cast(nn.Module, self.target)
-        theirs = {id(module) for module in target.modules()}
-        for module in self._as_chain().modules():
-            if id(module) not in theirs and module.training != target.training:
-                _set(module, "training", target.training)
+        waiting: list[nn.Module] = [self._as_chain()]
+        while waiting:
+            module = waiting.pop()
+            if module is not target:
+                if module.training != target.training:
+                    _set(module, "training", target.training)
+                waiting.extend(child for child in module.children() if child is not target)
 
     def _pre_structural_copy(self) -> None:
         if isinstance(self.target, Chain):
@@ -284,6 +294,13 @@ def _put(place: Chain, target: nn.Module, adapter: Chain) -> None:
         _set_parent(target, holder)
         if holder is None:
             _set(target, "_replaced_by", ref(adapter))
+
+
+def _base_of(target: nn.Module) -> nn.Module:
+    """The module below all adapters of adapters."""
+    while is_adapter(target) and target.is_injected:
+        target = target.target
+    return target
 
 
 def _chain_holding(adapter: Chain, target: nn.Module) -> Chain:

@@ -1,197 +1,23 @@
-"""Branches: the nodes that hold others, and how a tree is read and edited.
+"""Branches: the nodes that hold others, and how a tree is read and edited."""
 
-The children of a branch are kept in order at once, and named lazily. An edit in the middle of `n` children would have
-to rename up to `n` of them (`Linear_7` becomes `Linear_6`), so `n` edits would take n² steps: names are made anew when
-somebody asks for one. `_modules`, which PyTorch reads everywhere, is therefore a property here.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
-from typing import Any, ClassVar, TypeVar, cast, get_origin, overload
-from weakref import getweakrefs, ref
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar, get_origin, overload
 
 from torch import nn
 
-from refiners.errors import NotFoundError, ParentError, TreeError, TreeIndexError, TreeKeyError, TreeTypeError
-from refiners.fluxion.layers.journal import note_undo
+from refiners.errors import NotFoundError, TreeError, TreeIndexError, TreeKeyError, TreeTypeError
 from refiners.fluxion.layers.module import ContextModule
-from refiners.fluxion.layers.observation import MODULE_CALL
-from refiners.fluxion.layers.tree import child_names
+from refiners.fluxion.layers.slots import Slots, holders_of
 
 T = TypeVar("T", bound=nn.Module)
 TBranch = TypeVar("TBranch", bound="Branch")
 Predicate = Callable[[nn.Module, Any], bool]
 
-# Keys of children that have no name yet.
-_unnamed = count()
-_FEW = 32
 
-
-class _Holding(ref[nn.Module]):
-    """A branch's hold on a leaf. It dies with the branch, so the leaf's weak references tell who holds it."""
-
-    __slots__ = ("branch",)
-
-    branch: "ref[Branch]"
-
-
-def holders_of(module: nn.Module) -> "list[Branch]":
-    """The branches that have this leaf as a child, in any tree. A node with children knows its parent instead."""
-    branches = [holding.branch() for holding in getweakrefs(module) if isinstance(holding, _Holding)]
-    return [branch for branch in branches if branch is not None and module in branch]
-
-
-def _is_iterable_of_modules(modules: tuple[Any, ...]) -> bool:
-    return (
-        len(modules) == 1
-        and isinstance(modules[0], Iterable)
-        and (not isinstance(modules[0], nn.Module) or isinstance(modules[0], nn.ModuleList))
-    )
-
-
-class Branch(ContextModule):
+class Branch(Slots):
     """A node with children. `Chain` says what is done with them."""
-
-    _names_are_stale: ClassVar[bool] = False
-    # Whether every child may be called through its `forward`, since none has a `__call__` of its own.
-    _children_are_plain: ClassVar[bool] = True
-
-    def __init__(self, *modules: Any) -> None:
-        super().__init__()
-        children: tuple[Any, ...] = tuple(modules[0]) if _is_iterable_of_modules(modules) else modules
-        for i, module in enumerate(children):
-            if not isinstance(module, nn.Module):
-                raise TreeTypeError(
-                    f"{type(self).__name__} takes modules, got {type(module).__name__} at position {i}. "
-                    "Wrap a function in fl.Lambda."
-                )
-            if isinstance(module, ContextModule) and module._can_refresh_parent and module.parent is not None:
-                raise ParentError(
-                    f"{type(module).__name__} already has parent {type(module.parent).__name__}, so it cannot be a "
-                    f"child of a new {type(self).__name__}. Remove it first, or append it: append moves it."
-                )
-        self._replace_all(dict(zip(child_names(children), children, strict=True)))
-        for module in children:
-            self._adopt(module)
-
-    # --- names ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _modules(self) -> dict[str, nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride] (lazy)
-        if self._names_are_stale:
-            self._name_children()
-        return self.__dict__["_modules"]
-
-    @_modules.setter
-    def _modules(self, modules: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride] (lazy)
-        self.__dict__["_modules"] = modules
-
-    def _name_children(self) -> None:
-        modules = list(self.__dict__["_modules"].values())
-        self.__dict__["_modules"] = dict(zip(child_names(modules), modules, strict=True))
-        self.__dict__.pop("_keys", None)
-        self.__dict__.pop("_names_are_stale", None)
-
-    def _rename_later(self) -> None:
-        # Few children are named at once: torch.compile knows a compiled model again by its names.
-        if len(self) <= _FEW:
-            self._name_children()
-        else:
-            self.__dict__["_names_are_stale"] = True
-
-    def _replace_all(self, modules: dict[str, nn.Module]) -> None:
-        self.__dict__["_modules"] = modules
-        self.__dict__.pop("_keys", None)
-        self.__dict__["_holdings"] = {}
-        for module in modules.values():
-            self._hold(module)
-
-    def _hold(self, module: nn.Module) -> None:
-        holdings: dict[int, _Holding] = self.__dict__["_holdings"]
-        if type(module).__call__ is not MODULE_CALL:
-            self.__dict__["_children_are_plain"] = False
-        if not isinstance(module, ContextModule) and id(module) not in holdings:
-            holding = holdings[id(module)] = _Holding(module)
-            holding.branch = ref(self)
-
-    def _slot_of(self, module: nn.Module) -> str | None:
-        """The current key of a child, found by identity in constant time, or None."""
-        modules: dict[str, nn.Module] = self.__dict__["_modules"]
-        keys: dict[int, str] | None = self.__dict__.get("_keys")
-        if keys is None:
-            # Reversed, so that a child that occurs twice is found at its first place.
-            keys = self.__dict__["_keys"] = {id(child): key for key, child in reversed(modules.items())}
-        key = keys.get(id(module))
-        return key if key is not None and modules.get(key) is module else None
-
-    # --- primitive edits: each can undo itself -------------------------------------------------------------------
-
-    def _adopt(self, module: nn.Module) -> None:
-        if isinstance(module, ContextModule):
-            before = module._parent
-            module._set_parent(cast(Any, self))
-            note_undo(lambda: _restore_parent(module, before))
-
-    def _disown(self, module: nn.Module) -> None:
-        if isinstance(module, ContextModule) and module.parent is self and self._slot_of(module) is None:
-            before = module._parent
-            module._set_parent(None)
-            note_undo(lambda: _restore_parent(module, before))
-
-    def _swap(self, key: str, module: nn.Module) -> nn.Module:
-        """Put a module in the place of the child at `key`."""
-        modules: dict[str, nn.Module] = self.__dict__["_modules"]
-        old = modules[key]
-        modules[key] = module
-        keys: dict[int, str] | None = self.__dict__.get("_keys")
-        if keys is not None:
-            if len(keys) < len(modules) or id(module) in keys:  # a child occurs twice
-                del self.__dict__["_keys"]
-            else:
-                del keys[id(old)]
-                keys[id(module)] = key
-        self._hold(module)
-        if self._slot_of(old) is None:
-            self.__dict__["_holdings"].pop(id(old), None)
-        if type(old).__name__ != type(module).__name__:
-            self._rename_later()
-        note_undo(lambda: self._restore(lambda children: [old if child is module else child for child in children]))
-        return old
-
-    def replace_everywhere(self, old_module: nn.Module, new_module: nn.Module) -> None:
-        """Put a module in all places of a child. Changes no parent, unlike `replace`."""
-        key = self._slot_of(old_module)
-        while key is not None:
-            self._swap(key, new_module)
-            key = self._slot_of(old_module)
-
-    def _set_children(self, children: list[nn.Module]) -> None:
-        before = list(self.__dict__["_modules"].values())
-        self._replace_all({f"+{next(_unnamed)}": child for child in children})
-        self._rename_later()
-        note_undo(lambda: self._restore(lambda _: before))
-
-    def _restore(self, change: Callable[[list[nn.Module]], list[nn.Module]]) -> None:
-        children = change(list(self.__dict__["_modules"].values()))
-        self._replace_all(dict(zip(child_names(children), children, strict=True)))
-        self.__dict__.pop("_names_are_stale", None)
-
-    def _check_new_child(self, module: Any) -> None:
-        if not isinstance(module, nn.Module):
-            raise TreeTypeError(f"{type(self).__name__} takes modules, got {type(module).__name__}.")
-        lineage = [self, *self.get_parents()]
-        # A module of another kind does not tell its parents who they are, so it is searched.
-        inside = [module] if isinstance(module, Branch) else list(module.modules())
-        if any(node is parent for node in inside for parent in lineage):
-            raise TreeError(
-                f"{type(module).__name__} holds {type(self).__name__}: putting it inside would make a cycle."
-            )
-
-    def _leave_old_parent(self, module: nn.Module) -> None:
-        if isinstance(module, ContextModule) and module._can_refresh_parent:
-            parent = module.parent
-            if parent is not None and parent is not self and parent._slot_of(module) is not None:
-                parent.remove(module)
 
     # --- edits ---------------------------------------------------------------------------------------------------
 
@@ -203,6 +29,7 @@ class Branch(ContextModule):
         Raises:
             TreeError: (a ValueError) The module holds this Chain.
         """
+        index = operator.index(index)
         self._check_new_child(module)
         self._leave_old_parent(module)
         modules: dict[str, nn.Module] = self.__dict__["_modules"]
@@ -210,21 +37,8 @@ class Branch(ContextModule):
         if position >= len(modules):
             self._append(module)
         else:
-            children = list(modules.values())
-            children.insert(position, module)
-            self._set_children(children)
+            self._insert_between(position, module)
         self._adopt(module)
-
-    def _append(self, module: nn.Module) -> None:
-        modules: dict[str, nn.Module] = self.__dict__["_modules"]
-        key = f"+{next(_unnamed)}"
-        modules[key] = module
-        keys: dict[int, str] | None = self.__dict__.get("_keys")
-        if keys is not None:
-            keys.setdefault(id(module), key)
-        self._hold(module)
-        self._rename_later()
-        note_undo(lambda: self._restore(lambda children: children[:-1]))
 
     def append(self, module: nn.Module) -> None:
         """Add a child at the end. A module that lives in another Chain moves."""
@@ -258,25 +72,22 @@ class Branch(ContextModule):
         Raises:
             TreeIndexError: (an IndexError) There is no such position.
         """
-        children: list[nn.Module] = list(self.__dict__["_modules"].values())
-        if not -len(children) <= index < len(children):
-            raise TreeIndexError(f"Index out of range. {self} has {len(children)} children, asked for {index}.")
-        module = children.pop(index)
-        self._set_children(children)
-        self._disown(module)
-        return module
+        index = operator.index(index)
+        modules: dict[str, nn.Module] = self.__dict__["_modules"]
+        if not -len(modules) <= index < len(modules):
+            raise TreeIndexError(f"Index out of range. {self} has {len(modules)} children, asked for {index}.")
+        keys = islice(reversed(modules), -1 - index, None) if index < 0 else islice(modules, index, None)
+        return self._take_out(next(keys), index % len(modules))
 
     def remove(self, module: nn.Module) -> None:
-        """Take a child out of the tree.
+        """Take a child out of the tree; the first of them, if it occurs twice.
 
         Raises:
             TreeError: (a ValueError) The module is not a child.
         """
-        for i, child in enumerate(self):
-            if child is module:
-                self.pop(i)
-                return
-        raise TreeError(f"{module} is not in {self}.")
+        if self._slot_of(module) is None:
+            raise TreeError(f"{module} is not in {self}.")
+        self.pop(next(i for i, child in enumerate(self.__dict__["_modules"].values()) if child is module))
 
     def replace(self, old_module: nn.Module, new_module: nn.Module, old_module_parent: "Branch | None" = None) -> None:
         """Put a new child in the place of an old one; the old one gets the given parent.
@@ -308,7 +119,7 @@ class Branch(ContextModule):
         return iter(list(self.__dict__["_modules"].values()))
 
     def __contains__(self, module: object) -> bool:
-        return isinstance(module, nn.Module) and self._slot_of(module) is not None
+        return isinstance(module, nn.Module) and self.has_slot_of(module)
 
     @overload
     def __getitem__(self, key: int | str) -> Any: ...
@@ -461,10 +272,3 @@ class Branch(ContextModule):
 
     def _structural_copy(self: TBranch, children: list[nn.Module]) -> TBranch:
         raise NotImplementedError
-
-
-def _restore_parent(module: ContextModule, parent: Any) -> None:
-    if parent is None:
-        module.__dict__.pop("_parent", None)
-    else:
-        module.__dict__["_parent"] = parent

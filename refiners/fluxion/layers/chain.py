@@ -78,7 +78,7 @@ class Chain(Branch):
         x: Any = args
         layer: Any = None
         try:
-            for layer in self.__dict__["_modules"].values():
+            for layer in tuple(self.__dict__["_modules"].values()):
                 if (
                     direct
                     and not layer._forward_hooks
@@ -110,9 +110,17 @@ class Chain(Branch):
                 provider.leave(outer)
 
     def _forward_traced(self, *args: Any) -> Any:
-        """The same under torch.compile, which cannot break a graph inside of `try`."""
+        """The same under torch.compile, which cannot break a graph inside of `try`: only contexts need one."""
         provider = self._provider
-        outer = provider.enter() if provider is not None else None
+        if provider is None:
+            return self._run_traced(args)
+        outer = provider.enter()
+        try:
+            return self._run_traced(args)
+        finally:
+            provider.leave(outer)
+
+    def _run_traced(self, args: tuple[Any, ...]) -> Any:
         x: Any = args
         modules = self.__dict__["_modules"]
         for layer in modules.values():
@@ -122,11 +130,7 @@ class Chain(Branch):
                 break
         if len(modules) == 0:
             x = None
-        if self._finish is not None:
-            x = self._finish(args, x)
-        if provider is not None:
-            provider.leave(outer)
-        return x
+        return x if self._finish is None else self._finish(args, x)
 
     # --- contexts ------------------------------------------------------------------------------------------------
 
@@ -215,6 +219,10 @@ class Chain(Branch):
         The copy can be edited freely. Its contexts restart from their initial values.
         """
         return self._structural_copy(list(self))
+
+    def __copy__(self: TChain) -> TChain:
+        # Two nodes cannot be the parent of one child, so a copy that is shallow has nodes of its own all the way down.
+        return self.structural_copy()
 
     def _structural_copy(self: TChain, children: list[nn.Module]) -> TChain:
         copies: dict[int, nn.Module] = {}

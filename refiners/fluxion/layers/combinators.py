@@ -61,7 +61,7 @@ class _Branches(Chain):
     def forward(self, *args: Any) -> Any:
         shares = self._share(args)
         if torch.compiler.is_dynamo_compiling():
-            return self._forward_shares(shares)
+            return self._forward_traced(*args)
         provider = self._provider
         outer = provider.enter() if provider is not None else None
         direct = self._children_are_plain and not calls_are_observed()
@@ -69,7 +69,7 @@ class _Branches(Chain):
         share: tuple[Any, ...] = args
         layer: Any = None
         try:
-            for layer, share in zip(self.__dict__["_modules"].values(), shares, strict=True):
+            for layer, share in zip(tuple(self.__dict__["_modules"].values()), shares, strict=True):
                 if (
                     direct
                     and not layer._forward_hooks
@@ -94,17 +94,12 @@ class _Branches(Chain):
             if provider is not None:
                 provider.leave(outer)
 
-    def _forward_shares(self, shares: list[tuple[Any, ...]]) -> Any:
-        provider = self._provider
-        outer = provider.enter() if provider is not None else None
+    def _run_traced(self, args: tuple[Any, ...]) -> Any:
         folded: Any = None
-        for layer, share in zip(self.__dict__["_modules"].values(), shares, strict=True):
+        for layer, share in zip(self.__dict__["_modules"].values(), self._share(args), strict=True):
             output = layer(*share)
             folded = self._fold(folded, output.value if isinstance(output, Returned) else output)
-        result = self._result(folded)
-        if provider is not None:
-            provider.leave(outer)
-        return result
+        return self._result(folded)
 
 
 class Parallel(_Branches):

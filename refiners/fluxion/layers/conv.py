@@ -55,6 +55,11 @@ class Conv2d(torch.nn.Conv2d, WeightedModule):
         )
         self.use_bias = use_bias
 
+    def reset_parameters(self) -> None:
+        """Draw new weights, as torch does; on the meta device there is nothing to draw."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d, WeightedModule):
     """A transposed 2D convolution, which enlarges. Weights and numerics are those of `torch.nn.ConvTranspose2d`.

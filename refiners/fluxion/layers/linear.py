@@ -31,6 +31,11 @@ class Linear(torch.nn.Linear, WeightedModule):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **factory: Unpack[Factory]) -> None:
         super().__init__(in_features, out_features, bias, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
 
+    def reset_parameters(self) -> None:
+        """Draw new weights, as torch does; on the meta device there is nothing to draw."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
 
 class MultiLinear(Chain):
     """A perceptron of `num_layers` linear layers with a ReLU between any two of them.

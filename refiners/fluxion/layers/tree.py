@@ -6,6 +6,7 @@ the tree. It works on any `torch.nn.Module` and knows nothing of forwards or con
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple, TypedDict
 
@@ -20,21 +21,33 @@ def child_names(modules: Iterable[nn.Module]) -> list[str]:
 
     A child is named after its class. When a class occurs more than once, all of its occurrences are numbered from 1.
     """
-    classes = [type(module).__name__ for module in modules]
-    totals = Counter(classes)
+    classes = [class_name(type(module)) for module in modules]
+    if len(set(classes)) == len(classes):
+        return classes
+    totals: dict[str, int] = {}
+    for name in classes:
+        totals[name] = totals.get(name, 0) + 1
     numbered = {name for name, total in totals.items() if total > 1}
     while True:
-        seen: Counter[str] = Counter()
+        seen = dict.fromkeys(totals, 0)
         names: list[str] = []
         for name in classes:
             seen[name] += 1
             names.append(f"{name}_{seen[name]}" if name in numbered else name)
-        # A class that is itself called `Linear_1` must not take the name of the first of several `Linear`.
-        taken = {name for name, total in Counter(names).items() if total > 1}
-        clashing = {name for name in totals if name not in numbered and name in taken}
-        if not taken:
+        if len(set(names)) == len(names):
             return names
-        numbered |= clashing
+        # A class that is itself called `Linear_1` must not take the name of the first of several `Linear`.
+        numbered |= {name for name in totals if name not in numbered and names.count(name) > 1}
+
+
+@cache
+def class_name(cls: type) -> str:
+    """The name of a class as it was written: torch puts classes of its own in front to parametrize and to shard."""
+    if cls.__module__ == "torch.nn.utils.parametrize":
+        return class_name(cls.__mro__[1])
+    if cls.__name__.startswith("FSDP") and any(base.__name__ == "FSDPModule" for base in cls.__mro__[1:2]):
+        return class_name(cls.__mro__[2])
+    return cls.__name__
 
 
 # Given a module and its path of keys, the label of the place to point at, or None.
