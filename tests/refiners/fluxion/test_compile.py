@@ -90,8 +90,7 @@ def test_a_model_with_every_kind_of_node_is_one_graph_with_equal_results() -> No
         lambda: fl.Chain(),
         lambda: fl.Chain(fl.Sin(), fl.Chain(fl.Lambda(lambda x: (x, x)), fl.Return())),
     ],
-    ids=["chain", "residual", "sum", "sum of tuple", "parallel", "distribute", "concatenate", "passthrough"]
-    + ["matmul", "return", "empty", "return of tuple"],
+    ids=[str(i) for i in range(12)],
 )
 def test_each_kind_of_node_compiles_alone(build: Any) -> None:
     model = build()

@@ -399,3 +399,8 @@ def test_an_edit_during_a_forward_shows_in_the_next_one() -> None:
     chain = fl.Chain(fl.Lambda(grow))
     chain(0)
     assert chain(0) == 11
+
+
+def test_a_layer_may_append_to_the_chain_that_runs_it() -> None:
+    chain = fl.Chain(fl.Lambda(lambda x: (chain.append(fl.Lambda(lambda x: x + 1)), x)[1]))
+    assert [chain(0), chain(0), len(chain)] == [0, 1, 3]

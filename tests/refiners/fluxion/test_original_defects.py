@@ -130,7 +130,7 @@ def test_bound_methods_are_bound_to_the_structural_copy(place: str) -> None:
             self.noted: list[Any] = []
 
         def note(self, x: Any) -> Any:
-            self.noted = [*self.noted, x]
+            self.noted.append(x)
             return x
 
         def note_both(self, values: list[Any], x: Any) -> None:

@@ -14,12 +14,12 @@ def words(text: str) -> list[str]:
 
 
 LAYERS = words("""
-    Embedding LayerNorm GroupNorm LayerNorm2d InstanceNorm2d Activation GeLU GeLUApproximation GLU SiLU ReLU Sigmoid
-    Attention ScaledDotProductAttention SelfAttention SelfAttention2d Identity GetArg Flatten Unflatten Transpose Permute
-    Squeeze Unsqueeze Reshape Slicing Parameter Sin Cos Multiply Matmul Lambda Return Sum Residual Chain UseContext
-    SetContext Parallel Distribute Passthrough Breakpoint Concatenate Conv2d ConvTranspose2d Linear MultiLinear Downsample
-    Upsample Module WeightedModule ContextModule Interpolate ReflectionPad2d PixelUnshuffle Converter MaxPool1d MaxPool2d
-    Adapter
+    Embedding LayerNorm GroupNorm LayerNorm2d InstanceNorm2d Activation GeLU GeLUApproximation GLU SiLU ReLU
+    Sigmoid Attention ScaledDotProductAttention SelfAttention SelfAttention2d Identity GetArg Flatten Unflatten
+    Transpose Permute Squeeze Unsqueeze Reshape Slicing Parameter Sin Cos Multiply Matmul Lambda Return Sum
+    Residual Chain UseContext SetContext Parallel Distribute Passthrough Breakpoint Concatenate Conv2d
+    ConvTranspose2d Linear MultiLinear Downsample Upsample Module WeightedModule ContextModule Interpolate
+    ReflectionPad2d PixelUnshuffle Converter MaxPool1d MaxPool2d Adapter
 """)
 CHAIN = words("""
     Chain ChainError Lambda Parallel Distribute Passthrough Sum Residual Concatenate Matmul UseContext SetContext Return
@@ -39,8 +39,9 @@ PATHS = {
     "refiners.fluxion.adapters.adapter": words("Adapter lookup_top_adapter"),
     "refiners.fluxion.adapters.lora": words("Lora LinearLora Conv2dLora LoraAdapter auto_attach_loras"),
     "refiners.fluxion.utils": words("""
-        norm manual_seed no_grad pad interpolate normalize gaussian_blur image_to_tensor images_to_tensor tensor_to_image
-        tensor_to_images load_tensors load_from_safetensors save_to_safetensors summarize_tensor str_to_dtype
+        norm manual_seed no_grad pad interpolate normalize gaussian_blur image_to_tensor images_to_tensor
+        tensor_to_image tensor_to_images load_tensors load_from_safetensors save_to_safetensors summarize_tensor
+        str_to_dtype
         device_has_bfloat16
     """),
     "refiners.conversion.model_converter": ["ModelConverter"],

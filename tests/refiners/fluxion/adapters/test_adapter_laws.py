@@ -177,8 +177,7 @@ class Sequence:
         before = picture(self.top)
         copied = deepcopy(self.model)
         assert [key for key, _ in state(copied)] == [key for key, _ in self.state]
-        for adapter in [m for m in copied.modules() if isinstance(m, fl.Adapter)]:
-            adapter.eject()
+        eject_all_in(copied)
         assert state(copied) == self.state
         assert torch.equal(copied(self.x), self.output)
         try:
@@ -186,9 +185,7 @@ class Sequence:
         except AdapterError:
             structural = None
         if structural is not None:
-            for adapter in [m for m in structural.modules() if isinstance(m, fl.Adapter)]:
-                if adapter.is_injected:
-                    adapter.eject()
+            eject_all_in(structural)
             assert state(structural) == self.state
             assert torch.equal(structural(self.x), self.output)
         assert picture(self.top) == before
@@ -197,6 +194,12 @@ class Sequence:
         self.rng.shuffle(self.injected)
         for adapter in self.injected:
             adapter.eject()
+
+
+def eject_all_in(model: nn.Module) -> None:
+    """Until none is left: what an adapter had replaced may hold others."""
+    while adapters := [m for m in model.modules() if isinstance(m, fl.Adapter) and m.is_injected]:
+        adapters[0].eject()
 
 
 def target_parents(target: nn.Module, parent: fl.Chain) -> list[fl.Chain]:
