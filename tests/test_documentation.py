@@ -1,8 +1,8 @@
 """Every example in a docstring, the README and docs/ runs, and prints what it says it prints.
 
-In a docstring, an example is a block of `>>>` lines, which find `torch` and `fl` imported. In a Markdown page it is a
-fenced block marked `python`: with `>>>` lines its output is compared, without them it has to run. The blocks of one
-page share their names, from top to bottom.
+In a docstring, an example is a block of `>>>` lines, which find `torch`, `fl` and `refiners.fluxion.adapters` imported.
+In a Markdown page it is a fenced block marked `python`: with `>>>` lines its output is compared, without them it has to
+run. The blocks of one page share their names, from top to bottom.
 """
 
 import doctest
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import refiners.fluxion.layers as fl
+from refiners.fluxion import adapters
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,7 +66,7 @@ def run_example(example: doctest.DocTest) -> dict[str, Any]:
 @pytest.mark.parametrize("name", modules())
 def test_the_examples_of_a_module_run(name: str) -> None:
     module = importlib.import_module(name)
-    names = {"torch": torch, "fl": fl, **vars(module)}
+    names = {"torch": torch, "fl": fl, **{name: getattr(adapters, name) for name in adapters.__all__}, **vars(module)}
     for example in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=names):
         run_example(example)
 

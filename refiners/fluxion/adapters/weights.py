@@ -5,7 +5,7 @@ model is the tree without its injected adapters, each replaced by its target. It
 key by key, so a checkpoint of the base is saved and loaded while adapters are in.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = waiting.pop()
         yield path, module
         prefix = f"{path}." if path else ""
-        waiting += [(f"{prefix}{name}", child) for name, child in reversed(_base_children(module))]
+        waiting += [(f"{prefix}{name}", child) for name, child in reversed(base_children(module))]
 
 
 def base_state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
@@ -101,7 +101,8 @@ def load_adapter_state_dict(
     return _load(_adapters_view(model), state, strict, assign, "adapter_state_dict")
 
 
-def _base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children that a module of the base has in it, with the keys they have there."""
     children = children_of(module)
     bases = [base_of(child) for _, child in children]
     # A Chain names its children after their classes; the names in a plain module are what they are.
@@ -113,7 +114,7 @@ def _base_view(module: nn.Module) -> nn.Module:
     """A tree that shares all weights with the base, and has its shape. It serves to read and load a state, no more."""
     changed = False
     views: dict[str, nn.Module] = {}
-    for (key, child), (name, base) in zip(children_of(module), _base_children(module), strict=True):
+    for (key, child), (name, base) in zip(children_of(module), base_children(module), strict=True):
         views[name] = _base_view(base)
         changed = changed or key != name or views[name] is not child
     # What holds no adapter needs no view: it can save and load itself, in ways of its own too.
@@ -154,7 +155,7 @@ def _load(
     ]
     problems = [("mis-shaped", misshaped)]
     if strict:
-        named = [f"{key}{_nearest(key, missing or list(wanted))}" for key in unexpected]
+        named = [f"{key}{_nearest(key, wanted)}" for key in unexpected]
         problems = [("missing", missing), ("unexpected", named), *problems]
     lines = [line for title, keys in problems for line in _list(title, keys)]
     if lines:
@@ -164,8 +165,11 @@ def _load(
     return missing, unexpected
 
 
-def _nearest(key: str, names: list[str]) -> str:
-    close = get_close_matches(key, names[:1000], n=1)
+def _nearest(key: str, names: Iterable[str]) -> str:
+    # Only the keys that share most parts are compared letter by letter, which takes long for a whole model.
+    parts = set(key.split("."))
+    likely = sorted(names, key=lambda name: -len(parts.intersection(name.split("."))))
+    close = get_close_matches(key, likely[:SHOWN], n=1)
     return f" (nearest: {close[0]})" if close else ""
 
 

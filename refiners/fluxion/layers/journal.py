@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 class _Journal(threading.local):
     undos: list[Callable[[], None]] | None = None
+    endings: list[Callable[[], None]] | None = None
 
 
 _journal = _Journal()
@@ -22,9 +23,12 @@ def note_undo(undo: Callable[[], None]) -> None:
         _journal.undos.append(undo)
 
 
-def is_open() -> bool:
-    """Whether the edits of this thread are part of a transaction."""
-    return _journal.undos is not None
+def at_end(act: Callable[[], None]) -> None:
+    """Do something when the edits are all done: at once, unless a transaction is open. It must not fail."""
+    if _journal.endings is None:
+        act()
+    else:
+        _journal.endings.append(act)
 
 
 @contextmanager
@@ -33,13 +37,15 @@ def transaction() -> Generator[None]:
     if _journal.undos is not None:
         yield
         return
-    _journal.undos = []
+    _journal.undos, _journal.endings = [], []
     try:
         yield
+        for act in _journal.endings:
+            act()
     except BaseException:
         undos, _journal.undos = _journal.undos, None
         for undo in reversed(undos):
             undo()
         raise
     finally:
-        _journal.undos = None
+        _journal.undos = _journal.endings = None

@@ -13,7 +13,7 @@ from weakref import getweakrefs, ref
 from torch import nn
 
 from refiners.errors import ParentError, TreeError, TreeTypeError
-from refiners.fluxion.layers.journal import note_undo
+from refiners.fluxion.layers.journal import at_end, note_undo
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.observation import MODULE_CALL
 from refiners.fluxion.layers.tree import child_names
@@ -88,11 +88,14 @@ class Slots(ContextModule):
         self.__dict__.pop("_names_are_stale", None)
 
     def _rename_later(self) -> None:
-        # Few children are named at once: torch.compile knows a compiled model again by its names.
+        self.__dict__["_names_are_stale"] = True
+        # Few children are named after the edit: torch.compile knows a compiled model again by its names.
         if len(self.__dict__["_modules"]) <= _FEW:
+            at_end(self._name_if_stale)
+
+    def _name_if_stale(self) -> None:
+        if self._names_are_stale:
             self._name_children()
-        else:
-            self.__dict__["_names_are_stale"] = True
 
     def _replace_all(self, modules: dict[str, nn.Module]) -> None:
         self.__dict__["_modules"] = modules

@@ -185,3 +185,9 @@ def test_the_number_of_steps_is_linear_in_the_number_of_layers(monkeypatch: pyte
         return asked
 
     assert steps(100) == 2 * steps(50)
+
+
+def test_a_tree_without_layers_takes_none() -> None:
+    assert auto_attach_loras(loras("k0"), fl.Chain(), sanity_check=False) == ["k0"]
+    with pytest.raises(AdapterError, match="0 of 1 LoRAs"):
+        auto_attach_loras(loras("k0"), fl.Chain())

@@ -131,6 +131,14 @@ def test_a_selection_of_one_place_adapts_that_place_only() -> None:
     loras.eject()
 
 
+def test_a_selection_of_some_of_several_places_is_refused() -> None:
+    shared = fl.Linear(4, 4)
+    tree = fl.Chain(Attention(shared), Attention(shared), fl.Residual(shared))
+    with pytest.raises(AdapterError, match="more Chains than are selected"):
+        inject_loras(select(tree).of(fl.Linear).inside(Attention), name="a")
+    inject_loras(tree, name="a").eject()
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_changes() -> None:
     tree = model()
     inject_loras(select(tree).at("Linear"), name="style", rank=1)

@@ -35,7 +35,7 @@ def pair_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Pair]:
         layer, _, last = key.rpartition(".")
         owner, _, role = layer.rpartition(".")
         if last == "alpha" and tensor.numel() == 1:
-            alphas[layer] = float(tensor)
+            alphas[layer] = float(tensor.detach())
         elif last == "weight" and (role in DOWN or role in UP):
             named.setdefault(owner, {})["down" if role in DOWN else "up"] = tensor
         elif last == "weight":
