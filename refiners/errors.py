@@ -22,8 +22,8 @@ place, so `except ValueError` keeps working, and `except RefinersError` catches 
     │   ├── NotTensorsError (AssertionError)    it holds something else than tensors
     │   │   └── PickledModelError (pickle.UnpicklingError)   it holds Python objects
     │   └── UnwritableFileError (OSError)       a path that cannot be written to
-    ├── ConversionError (ValueError)      weights or a configuration that do not fit the port
-    │   └── WeightsError (RuntimeError)   the weights of a file do not fit a module
+    ├── ConversionError (ValueError, RuntimeError)   weights or a configuration that do not fit the port
+    │   └── WeightsError                  the weights of a file do not fit a module
     └── ParityError (RuntimeError)        a parity case or run that cannot be judged
 """
 
@@ -110,11 +110,11 @@ class UnwritableFileError(FileFormatError, OSError):
     """A path that cannot be written to. What was there is untouched."""
 
 
-class ConversionError(RefinersError, ValueError):
+class ConversionError(RefinersError, ValueError, RuntimeError):
     """Weights or a configuration that do not fit the port. Lists everything that does not fit, not the first only."""
 
 
-class WeightsError(ConversionError, RuntimeError):
+class WeightsError(ConversionError):
     """The weights of a file do not fit a module, which is as it was before."""
 
 

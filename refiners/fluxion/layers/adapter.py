@@ -183,7 +183,8 @@ class Adapter(Generic[T]):
         _set(top, "_replaced_by", None)
         if self._is_root:
             _set(chain, "_is_root", None)
-            self._pass_root_on(_base_of(target), top if parent is None else None)
+            is_held = parent is not None and parent.has_slot_of(top)
+            self._pass_root_on(_base_of(target), None if is_held else top)
         outers: list[Chain] = [] if parent is None else [parent, *parent.get_parents()]
         for outer in outers:
             if is_adapter(outer) and outer.adapts(chain):
@@ -198,7 +199,7 @@ class Adapter(Generic[T]):
             _set(base, "_root_adapter", None)
 
     def _places(self, parent: Chain | None) -> list[Chain]:
-        """The Chains that hold the target directly. None of them: the target is a root."""
+        """The Chains that hold the target directly. None of them: the target is nobody's child."""
         target = cast(nn.Module, self.target)
         chain = self._as_chain()
         if chain.parent is not None:
@@ -223,6 +224,8 @@ class Adapter(Generic[T]):
 
     def _become_parent(self, target: ContextModule) -> None:
         chain = self._as_chain()
+        # A target inside of a module that is no Chain is a root that sees the contexts of a Chain further up.
+        _set_parent(chain, None if target.parent is chain else target.parent)
         _set_parent(target, _chain_holding(chain, target))
         if is_adapter(target):
             _set(target, "_is_root", None)

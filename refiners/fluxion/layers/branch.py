@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar, get_origin, overload
+from typing import Any, TypeVar, cast, get_origin, overload
 
 from torch import nn
 
@@ -139,9 +139,16 @@ class Branch(Slots):
         return children[key]
 
     def key_of(self, module: nn.Module) -> str | None:
-        """The key of a child, or None if it is not a direct child."""
+        """The key of a child, or None. That of a node inside a module of another kind is its path there."""
         _ = self._modules  # names them
-        return self._slot_of(module)
+        key = self._slot_of(module)
+        if key is None and isinstance(module, ContextModule) and module.parent is self:
+            for name, child in self.named_layers():
+                inside = cast(Iterator[tuple[str, nn.Module]], child.named_modules())
+                path = next((path for path, inner in inside if inner is module), None)
+                if path is not None:
+                    return f"{name}.{path}"
+        return key
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The children and their keys. Unlike `named_children`, a child that occurs twice is there twice."""

@@ -238,6 +238,7 @@ class Chain(Branch):
             self._pre_structural_copy()
         clone = cast(TChain, ContextModule.structural_copy(self))
         clone.__dict__.pop("_provider", None)
+        clone.__dict__.pop("_compiled_call_impl", None)  # compiled in place, it would run the original
         clone._replace_all({})
         return clone
 

@@ -48,34 +48,22 @@ def describe_arguments(args: Sequence[Any]) -> str:
 
 def marked_tree(chain: Branch, failing: nn.Module) -> str:
     """The tree from the root, with `>>>` at the failing module: at most 20 lines around it."""
-    parents = [chain, *chain.get_parents()]
+    root: Branch = chain
+    keys = [] if failing is chain else [chain.key_of(failing) or ""]
     # A very deep tree is shown from a node near the failing one.
-    root = parents[min(len(parents), _MAX_DEPTH) - 1]
-    ancestors = {id(parent) for parent in parents}
-    key = None if failing is chain else chain.key_of(failing)
-    place = ".".join([*(_keys_below(root, chain)), *([] if key is None else [key])])
+    while root.parent is not None and len(keys) < _MAX_DEPTH and (key := root.parent.key_of(root)) is not None:
+        keys.append(key)
+        root = root.parent
+    place = ".".join(reversed(keys))
 
     def mark(module: nn.Module, path: str) -> str | None:
-        return (
-            (path or type(module).__name__)
-            if path == place and (module is failing or id(module) in ancestors)
-            else None
-        )
+        return (path or type(module).__name__) if path == place and module is failing else None
 
     tree = ModuleTree(root, mark)
     picture = tree.generate_tree_repr(tree.root)
     lines = picture.splitlines()
     index = next((i for i, line in enumerate(lines) if ">>> " in line), 0)
     return tree.shorten_tree_repr(picture, line_index=index, max_lines=_MAX_TREE_LINES)
-
-
-def _keys_below(root: Branch, chain: Branch) -> list[str]:
-    keys: list[str] = []
-    while chain is not root:
-        parent = chain.ensure_parent
-        keys.append(parent.key_of(chain) or "?")
-        chain = parent
-    return keys[::-1]
 
 
 def _own_traceback(error: Exception) -> str:

@@ -125,14 +125,19 @@ class Module(nn.Module):
         Raises:
             TreeError: (a ValueError) The module is not a child of that parent.
         """
-        keys: list[str] = []
-        module: Module = self
-        while parent is not None and module is not top:
-            key = parent.key_of(module)
-            if key is None:
-                raise TreeError(f"{module} is not in {parent}: pass the Chain that holds it directly.")
+        if parent is None or self is top:
+            return type(self).__name__
+        key = parent.key_of(self)
+        if key is None:
+            if not isinstance(self, ContextModule) or parent is not self.parent:
+                raise TreeError(f"{self} is not in {parent}: pass the Chain that holds it directly.")
+            return type(self).__name__
+        keys = [key]
+        module: Chain = parent
+        # An adapter may be the parent of what it does not hold: paths begin below it.
+        while module is not top and module.parent is not None and (key := module.parent.key_of(module)) is not None:
             keys.append(key)
-            module, parent = parent, parent.parent
+            module = module.parent
         return ".".join([type(module).__name__, *reversed(keys)])
 
     def _tree_repr(self, depth: int) -> str:

@@ -130,15 +130,17 @@ class Slots(ContextModule):
 
     def _adopt(self, module: nn.Module) -> None:
         if isinstance(module, ContextModule):
-            before = module._parent
-            module._set_parent(cast(Any, self))
-            note_undo(lambda: _restore_parent(module, before))
+            _give_parent(module, self)
+        else:
+            for inner in _nodes_inside(module):
+                if inner.parent is None:
+                    _give_parent(inner, self)
 
     def _disown(self, module: nn.Module) -> None:
-        if isinstance(module, ContextModule) and module.parent is self and self._slot_of(module) is None:
-            before = module._parent
-            module._set_parent(None)
-            note_undo(lambda: _restore_parent(module, before))
+        if self._slot_of(module) is None:
+            for node in [module] if isinstance(module, ContextModule) else _nodes_inside(module):
+                if node.parent is self:
+                    _give_parent(node, None)
 
     def _swap(self, key: str, module: nn.Module) -> nn.Module:
         """Put a module in the place of the child at `key`."""
@@ -230,6 +232,25 @@ class Slots(ContextModule):
         note_undo(lambda: self._restore(lambda children: [*children[:index], module, *children[index:]]))
         self._disown(module)
         return module
+
+
+def _nodes_inside(module: nn.Module) -> list[ContextModule]:
+    """The nodes that a module of another kind holds: they see the contexts of the Chain it is in."""
+    nodes: list[ContextModule] = []
+    waiting = list(module.children())
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, ContextModule):
+            nodes.append(inner)
+        else:
+            waiting.extend(inner.children())
+    return nodes
+
+
+def _give_parent(module: ContextModule, parent: Slots | None) -> None:
+    before = module._parent  # pyright: ignore[reportPrivateUsage] (the slots are what parents are made of)
+    module._set_parent(cast(Any, parent))  # pyright: ignore[reportPrivateUsage] (as above)
+    note_undo(lambda: _restore_parent(module, before))
 
 
 def _restore_parent(module: ContextModule, parent: Any) -> None:

@@ -350,3 +350,16 @@ def test_an_adapter_that_was_taken_out_by_hand_is_refused_until_it_is_back() -> 
     root.insert(1, adapter)
     adapter.eject()
     assert state(root) == before
+
+
+def test_a_root_inside_of_another_kind_of_module_keeps_the_contexts_above_it() -> None:
+    inner = fl.Chain(fl.UseContext("numbers", "x"))
+    model = fl.Chain(nn.Sequential(inner))
+    model.set_context("numbers", {"x": torch.ones(1)})
+    first, second = Wrap(inner).inject(), Wrap(inner).inject()
+    assert torch.equal(model(torch.zeros(1)), torch.ones(1))
+    first.eject()
+    assert torch.equal(model(torch.zeros(1)), torch.ones(1))
+    second.eject()
+    assert inner.parent is model
+    assert not {"_root_adapter", "_replaced_by", "_is_root"} & set(inner.__dict__)

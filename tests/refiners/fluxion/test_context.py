@@ -1,10 +1,11 @@
 """Contexts as one thread sees them: api.md §3, §9.2-9.4, design.md §4 "Context is scoped"."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.errors import ContextError
@@ -288,3 +289,18 @@ def test_init_context_may_use_attributes_set_before_the_constructor() -> None:
             return {"a": {"size": self.size}}
 
     assert Sized(4)() == 4
+
+
+def test_a_chain_inside_of_another_kind_of_module_sees_the_contexts_above_that() -> None:
+    inner = fl.Chain(fl.UseContext("numbers", "x"), fl.Lambda(double))
+    model = fl.Chain(nn.Sequential(nn.Sequential(inner)))
+    model.set_context("numbers", {"x": torch.ones(1)})
+    assert torch.equal(model(torch.zeros(1)), torch.full((1,), 2.0))
+    assert inner[0].get_path() == "Chain.Sequential.0.0.UseContext"
+    assert torch.equal(copy.deepcopy(model)(torch.zeros(1)), torch.full((1,), 2.0))
+    model.pop()
+    assert inner.parent is None
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2

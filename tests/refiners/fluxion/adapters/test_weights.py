@@ -66,7 +66,7 @@ def inject_everything(tree: fl.Chain) -> list[fl.Chain]:
         Wrap(linear).inject(tree),
         Wrap(residual["LoraAdapter_1"]).inject(residual),
         Wrap(residual).inject(),
-        Instead(body).inject(),
+        Instead(body["LayerNorm"]).inject(body),
         Instead(residual[-1].target).inject(residual),
         Wrap(tree).inject(),
         LoraAdapter(linear, LinearLora("deep", 4, 4)).inject(tree),
