@@ -68,8 +68,11 @@ class Slots(ContextModule):
                     f"child of a new {type(self).__name__}. Remove it first, or append it: append moves it."
                 )
         self._replace_all(dict(zip(child_names(children), children, strict=True)))
+        # Nothing to undo if a transaction fails: nobody but the transaction has this node, and children do not keep it.
         for module in children:
-            self._adopt(module)
+            for node in [module] if isinstance(module, ContextModule) else _nodes_inside(module):
+                if node is module or node.parent is None:
+                    node._set_parent(cast(Any, self))
 
     @property
     def _modules(self) -> dict[str, nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride] (lazy)
@@ -237,7 +240,8 @@ class Slots(ContextModule):
 def _nodes_inside(module: nn.Module) -> list[ContextModule]:
     """The nodes that a module of another kind holds: they see the contexts of the Chain it is in."""
     nodes: list[ContextModule] = []
-    waiting = list(module.children())
+    # Most have no children, and `children()` takes its time to say so.
+    waiting = list(module.children()) if module.__dict__.get("_modules") else []
     while waiting:
         inner = waiting.pop()
         if isinstance(inner, ContextModule):
