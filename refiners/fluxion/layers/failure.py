@@ -17,9 +17,11 @@ from refiners.errors import ChainError
 from refiners.fluxion.layers.branch import Branch
 from refiners.fluxion.layers.tree import ModuleTree
 
+_LAYERS = Path(__file__).parent
+_FRAMEWORK = ("adapter", "branch", "chain", "combinators", "context_access", "failure", "functions", "module", "slots")
 _FRAMEWORK_FILES = frozenset(
-    [str(Path(__file__).parent / f"{name}.py") for name in ("chain", "combinators", "failure", "branch", "adapter")]
-    + [nn.Module.__call__.__code__.co_filename]
+    [str(_LAYERS / f"{name}.py") for name in _FRAMEWORK]
+    + [str(_LAYERS.parent / "context.py"), nn.Module.__call__.__code__.co_filename]
 )
 _MAX_TREE_LINES = 20
 _MAX_DEPTH = 40
