@@ -159,6 +159,33 @@ BERT_BASE: dict[str, Any] = {
 }
 BERT_LARGE = {**BERT_BASE, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 
+VIT_BASE: dict[str, Any] = {
+    "_name_or_path": "google/vit-base-patch16-224-in21k",
+    "architectures": ["ViTModel"],
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 768,
+    "image_size": 224,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "model_type": "vit",
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "num_hidden_layers": 12,
+    "patch_size": 16,
+    "qkv_bias": True,
+    "transformers_version": "4.13.0.dev0",
+}
+VIT_LARGE = {
+    **VIT_BASE,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+}
+
 PUBLISHED: dict[str, Mapping[str, Any]] = {
     "bert": BERT_BASE,
     "clip-text": L,
@@ -174,6 +201,12 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
     "clip-image-l": L,
     "clip-image-h": H,
     "clip-image-bigg": BIG_G,
+    "vit": VIT_BASE,
+    "vit-masked": VIT_BASE,
+    "vit-b16": VIT_BASE,
+    "vit-b32": {**VIT_BASE, "patch_size": 32},
+    "vit-l16": VIT_LARGE,
+    "vit-l32": {**VIT_LARGE, "patch_size": 32},
 }
 
 

@@ -12,23 +12,26 @@ import torch
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
-from parity_tests.cases import bert, clip
+from parity_tests.cases import bert, clip, vit
 from reference_ports.bert.model import MeanPooling, Normalize, TokenTypeIds, WordEncoder
 from reference_ports.blocks.attention import Key, MaskedAttention, Query, SelfAttention, Value
-from reference_ports.blocks.pooling import FirstToken
+from reference_ports.blocks.images import ClassToken, GridPositions
+from reference_ports.blocks.pooling import FirstToken, Pooler
 from reference_ports.blocks.text import PositionIds
-from reference_ports.clip.image import ClassToken, ImageEmbeddings, ImagePositions
+from reference_ports.clip.image import ImageEmbeddings
 from reference_ports.clip.text import EndOfTextState, FirstId, HighestId
+from reference_ports.vit.model import MaskedPlaces, MaskToken
 from refiners.parity import Case, CaseRunner, Lane, Verdict
 
 T = TypeVar("T", bound=nn.Module)
 Fault = Callable[[fl.Chain], None]
 
-CASES = {case.id: case for case in (*bert.CASES, *clip.CASES)}
+CASES = {case.id: case for case in (*bert.CASES, *clip.CASES, *vit.CASES)}
 BERT, SENTENCES = "bert/tiny", "bert/sentences"
 TEXT, PROJECTED, IMAGE = "clip/text-l", "clip/text-bigg", "clip/image-l"
 RESIZED = "clip/image-interpolated"
-ALL = (BERT, TEXT, PROJECTED, IMAGE)
+VIT, VIT_MASK, VIT_MASKED, VIT_RESIZED = "vit/tiny", "vit/mask", "vit/masked-patches", "vit/interpolated"
+ALL = (BERT, TEXT, PROJECTED, IMAGE, VIT)
 
 
 class Unmasked(MaskedAttention):
@@ -67,6 +70,20 @@ class Shifted(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.positions(ids) + 1
+
+
+class NothingMasked(MaskedPlaces):
+    """Does not look at the mask of the patches."""
+
+    def forward(self, patches: Tensor) -> None:
+        return None
+
+
+class TheOthersMasked(MaskedPlaces):
+    """Masks what is not masked."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return ~super().forward(patches)
 
 
 def nth(model: fl.Chain, kind: type[T], index: int = 0) -> T:
@@ -228,8 +245,43 @@ def double_class_token(model: fl.Chain) -> None:
     token.weight = nn.Parameter(token.weight.detach() * 2)
 
 
+def lose_class_position(model: fl.Chain) -> None:
+    positions = nth(model, GridPositions)
+    weight = positions.weight.detach().clone()
+    weight[0] = 0
+    positions.weight = nn.Parameter(weight)
+
+
+def resize_to_the_oblong(model: fl.Chain) -> None:
+    positions = nth(model, GridPositions)
+    resize = positions._resize
+    positions._resize = lambda rows, columns: resize(columns, rows)
+
+
+def pool_with_another_activation(model: fl.Chain) -> None:
+    nth(model, Pooler).replace(nth(model, nn.Tanh), nn.Sigmoid())
+
+
+def normalise_the_pooled_token_twice(model: fl.Chain) -> None:
+    norm = nth(model, fl.LayerNorm, -1)
+    nth(model, Pooler).insert(1, fl.Lambda(lambda x: norm(x)))
+
+
+def ignore_masked_patches(model: fl.Chain) -> None:
+    swap(model, nth(model, MaskedPlaces), NothingMasked())
+
+
+def mask_the_other_patches(model: fl.Chain) -> None:
+    swap(model, nth(model, MaskedPlaces), TheOthersMasked())
+
+
+def detach_mask_token(model: fl.Chain) -> None:
+    token = nth(model, MaskToken)
+    token.forward = lambda patches, masked: torch.where(masked.unsqueeze(-1), token.weight.detach(), patches)
+
+
 def transpose_positions(model: fl.Chain) -> None:
-    positions = nth(model, ImagePositions)
+    positions = nth(model, GridPositions)
     size = positions.grid_size
     table = positions.weight.detach()[1:].unflatten(0, (size, size)).transpose(0, 1).flatten(0, 1)
     positions.weight = nn.Parameter(torch.cat((positions.weight.detach()[:1], table)))
@@ -257,8 +309,8 @@ FAULTS: dict[Fault, tuple[str, ...]] = {
     detach_attention: ALL,
     pool_last_token: ALL,
     shift_positions: (BERT, TEXT, PROJECTED),
-    ignore_mask: (BERT, TEXT),
-    invent_causality: (IMAGE,),
+    ignore_mask: (BERT, TEXT, VIT_MASK),
+    invent_causality: (IMAGE, VIT),
     forget_causality: (PROJECTED,),
     take_other_end: (TEXT, PROJECTED),
     train_padding: (BERT,),
@@ -266,11 +318,19 @@ FAULTS: dict[Fault, tuple[str, ...]] = {
     average_padding_too: (SENTENCES,),
     drop_normalize: (SENTENCES,),
     reorder_tokens: (IMAGE,),
-    double_class_token: (IMAGE,),
-    transpose_positions: (RESIZED,),
+    double_class_token: (IMAGE, VIT),
+    lose_class_position: (IMAGE, VIT),
+    transpose_positions: (IMAGE, RESIZED, VIT, VIT_RESIZED),
+    resize_to_the_oblong: (RESIZED, VIT_RESIZED),
+    lose_bias_of(fl.Conv2d): (VIT,),
+    pool_with_another_activation: (BERT, VIT),
+    normalise_the_pooled_token_twice: (VIT,),
+    ignore_masked_patches: (VIT_MASKED,),
+    mask_the_other_patches: (VIT_MASKED,),
+    detach_mask_token: (VIT_MASKED,),
 }
 
-BACKWARD_FAULTS = {freeze_weight, detach_attention, train_padding}
+BACKWARD_FAULTS = {freeze_weight, detach_attention, train_padding, detach_mask_token}
 
 
 def planted(case: Case, fault: Fault) -> Case:
@@ -282,6 +342,7 @@ def planted(case: Case, fault: Fault) -> Case:
         if id(model) not in spoilt:
             spoilt.add(id(model))
             fault(model)
+            model.eval()  # a new node in training mode would be red by itself
         return case.run_port(model, inputs)
 
     # Outputs alone have to show a fault, unless it is one of the backward pass.
@@ -305,6 +366,7 @@ def test_a_planted_fault_turns_its_case_red(case: Case, fault: Fault, lane: str)
     result = CaseRunner(planted(case, fault)).run(Lane(lane))
     assert result.verdict is Verdict.DIFFERENT, result
     assert not result.traceback, "the fault broke the model: the comparison has not shown that it sees it"
+    assert result.worst is not None, "red for another reason than a tensor that differs"
 
 
 @pytest.mark.parametrize("case_id", ALL)
@@ -313,7 +375,7 @@ def test_a_norm_in_float32_turns_the_half_lanes_red(case_id: str) -> None:
     assert {runner.run(Lane(lane)).verdict for lane in ("bfloat16", "float16")} != {Verdict.BITWISE}
 
 
-@pytest.mark.parametrize("case_id", [*ALL, SENTENCES, RESIZED])
+@pytest.mark.parametrize("case_id", [*ALL, SENTENCES, RESIZED, VIT_MASK, VIT_MASKED, VIT_RESIZED])
 def test_the_same_case_without_a_fault_is_green(case_id: str) -> None:
     runner = CaseRunner(planted(CASES[case_id], lambda model: None))
     assert {runner.run(Lane(lane)).verdict for lane in ("float64", "float32")} == {Verdict.BITWISE}

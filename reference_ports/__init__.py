@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from refiners.conversion import Port
 
-FAMILIES = ("bert", "clip")
+FAMILIES = ("bert", "clip", "vit")
 
 
 def PORTS() -> "Mapping[str, Port]":

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from reference_ports.blocks.attention import FeedForward, SelfAttention
-from reference_ports.blocks.pooling import FirstToken
+from reference_ports.blocks.pooling import Pooler
 from reference_ports.blocks.text import PositionalEncoder, TextChain
+from reference_ports.blocks.transformer import AttentionResidual, FeedForwardResidual, StatesAndPooled
 from refiners.errors import InputError
 
 
@@ -111,14 +112,6 @@ class Embeddings(fl.Chain):
             ),
             fl.LayerNorm(embedding_dim, eps=layer_norm_eps, **factory),
         )
-
-
-class AttentionResidual(fl.Residual):
-    """Adds what each token gathers from the others."""
-
-
-class FeedForwardResidual(fl.Residual):
-    """Adds what each token makes of itself."""
 
 
 class TransformerLayer(fl.Chain):
@@ -212,29 +205,6 @@ class BERTNumbers(TypedDict, total=False):
 
 class BERTArguments(BERTNumbers, fl.Factory, total=False):
     """The keyword arguments of `BERTEncoder`, for the models that add a head to it."""
-
-
-class Pooler(fl.Chain):
-    """What BERT was trained to tell of a whole text, from its first token.
-
-    Receives:
-        Float[Tensor, "batch sequence_length embedding_dim"]
-
-    Returns:
-        Float[Tensor, "batch embedding_dim"]
-    """
-
-    def __init__(self, embedding_dim: int, **factory: Unpack[fl.Factory]) -> None:
-        self.embedding_dim = embedding_dim
-        super().__init__(
-            FirstToken(),
-            fl.Linear(embedding_dim, embedding_dim, **factory),
-            nn.Tanh(),
-        )
-
-
-class StatesAndPooled(fl.Parallel):
-    """The last hidden state as it is, and what the pooler makes of it."""
 
 
 class BERT(BERTEncoder):

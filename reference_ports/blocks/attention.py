@@ -105,18 +105,24 @@ class SelfAttention(fl.Chain):
     """
 
     def __init__(
-        self, embedding_dim: int, num_heads: int, is_causal: bool = False, **factory: Unpack[fl.Factory]
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        is_causal: bool = False,
+        use_projection_bias: bool = True,
+        **factory: Unpack[fl.Factory],
     ) -> None:
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.is_causal = is_causal
+        self.use_projection_bias = use_projection_bias
         if embedding_dim % num_heads:
             raise ConversionError(
                 f"SelfAttention: embedding_dim={embedding_dim} cannot be cut into num_heads={num_heads} equal heads. "
                 "Choose a multiple."
             )
         super().__init__(
-            Projections(embedding_dim, **factory),
+            Projections(embedding_dim, use_bias=use_projection_bias, **factory),
             MaskedAttention(num_heads, is_causal=is_causal),
             fl.Linear(embedding_dim, embedding_dim, **factory),
         )

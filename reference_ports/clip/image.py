@@ -10,113 +10,18 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from reference_ports.blocks.activations import quick_gelu
 from reference_ports.blocks.hidden_states import declare_hidden_states, keep_hidden_states
+from reference_ports.blocks.images import ClassToken, ClassTokenAndPatches, GridPositions, PatchEncoder, PlacedTokens
 from reference_ports.blocks.pooling import FirstToken
-from reference_ports.clip.layers import StatesAndPooled, TransformerLayer
-from refiners.errors import InputError
+from reference_ports.blocks.transformer import StatesAndPooled, TransformerLayer
 from refiners.fluxion.context import Contexts
 
 
-class ClassToken(fl.WeightedModule):
-    """A learned token in front of the patches, which gathers what the picture shows.
+class ImagePositions(GridPositions):
+    """A learned vector for the class token and for each place of the grid of patches, looked up by number."""
 
-    Receives:
-        pixels: Float[Tensor, "batch channels height width"], read for its batch alone
-
-    Returns:
-        Float[Tensor, "batch 1 embedding_dim"]
-    """
-
-    def __init__(self, embedding_dim: int, **factory: Unpack[fl.Factory]) -> None:
-        super().__init__()
-        self.embedding_dim = embedding_dim
-        self.weight = nn.Parameter(torch.randn(embedding_dim, **factory))
-
-    def forward(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 embedding_dim"]:
-        return self.weight.expand(pixels.shape[0], 1, -1)
-
-
-class PatchEncoder(fl.Chain):
-    """Cuts a picture in square patches, each made one token.
-
-    Receives:
-        pixels: Float[Tensor, "batch channels height width"], cast to the dtype of the weights
-
-    Returns:
-        Float[Tensor, "batch num_patches embedding_dim"]
-    """
-
-    def __init__(self, channels: int, embedding_dim: int, patch_size: int, **factory: Unpack[fl.Factory]) -> None:
-        self.channels = channels
-        self.embedding_dim = embedding_dim
-        self.patch_size = patch_size
-        super().__init__(
-            fl.Converter(set_device=False),
-            fl.Conv2d(channels, embedding_dim, patch_size, stride=patch_size, use_bias=False, **factory),
-            fl.Flatten(2),  # batch embedding_dim num_patches
-            fl.Transpose(1, 2),  # batch num_patches embedding_dim
-        )
-
-
-class ImagePositions(fl.WeightedModule):
-    """A learned vector for the class token and for each place of the grid of patches.
-
-    Receives:
-        pixels: Float[Tensor, "batch channels height width"], read for its size alone
-
-    Returns:
-        Float[Tensor, "1 1+num_patches embedding_dim"]
-
-    Raises:
-        InputError: the picture has another size than the model, and `interpolate` is not set.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        embedding_dim: int,
-        interpolate: bool = False,
-        **factory: Unpack[fl.Factory],
-    ) -> None:
-        super().__init__()
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.embedding_dim = embedding_dim
-        self.interpolate = interpolate
-        self.grid_size = image_size // patch_size
-        self.weight = nn.Parameter(torch.randn(self.grid_size**2 + 1, embedding_dim, **factory))
-
-    def forward(
-        self, pixels: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "1 num_tokens embedding_dim"]:
-        height, width = pixels.shape[-2:]
-        rows, columns = height // self.patch_size, width // self.patch_size
-        if not self.interpolate and (height != self.image_size or width != self.image_size):
-            raise InputError(
-                f"The picture measures {height}x{width} pixels and the model {self.image_size}x{self.image_size}. "
-                f"Resize it with CLIPImageProcessor(size={self.image_size}), or build the model with "
-                "interpolate_positions=True."
-            )
-        if height == width and rows * columns == self.grid_size**2:
-            positions = torch.arange(self.weight.shape[0], device=pixels.device)[None, :]
-            return nn.functional.embedding(positions, self.weight)
-        return self._resize(rows, columns)
-
-    def _resize(self, rows: int, columns: int) -> Tensor:
-        weight = self.weight.unsqueeze(0)
-        class_position, grid = weight[:, :1], weight[:, 1:]
-        grid = grid.reshape(1, self.grid_size, self.grid_size, self.embedding_dim).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        grid = grid.permute(0, 2, 3, 1).view(1, -1, self.embedding_dim)  # 1 rows*columns embedding_dim
-        return torch.cat((class_position, grid), dim=1)
-
-
-class ClassTokenAndPatches(fl.Concatenate):
-    """The class token, then the patches row by row."""
-
-
-class PlacedTokens(fl.Sum):
-    """Each token with its place added."""
+    def at_own_size(self) -> Float[Tensor, "1 num_tokens embedding_dim"]:
+        positions = torch.arange(self.weight.shape[0], device=self.device)[None, :]
+        return nn.functional.embedding(positions, self.weight)
 
 
 class ImageEmbeddings(fl.Chain):
@@ -136,7 +41,7 @@ class ImageEmbeddings(fl.Chain):
             PlacedTokens(
                 ClassTokenAndPatches(
                     ClassToken(embedding_dim, **factory),
-                    PatchEncoder(channels, embedding_dim, patch_size, **factory),
+                    PatchEncoder(channels, embedding_dim, patch_size, use_bias=False, **factory),
                     dim=1,
                 ),
                 ImagePositions(image_size, patch_size, embedding_dim, interpolate_positions, **factory),
@@ -193,9 +98,7 @@ class CLIPImageEncoder(fl.Chain):
                 channels, image_size, patch_size, embedding_dim, layer_norm_eps, interpolate_positions, **factory
             ),
             *(
-                TransformerLayer(
-                    embedding_dim, num_heads, feedforward_dim, activation, layer_norm_eps, False, **factory
-                )
+                TransformerLayer(embedding_dim, num_heads, feedforward_dim, activation, layer_norm_eps, **factory)
                 for _ in range(num_layers)
             ),
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from reference_ports.blocks.activations import quick_gelu
 from reference_ports.blocks.text import PositionalEncoder, TextChain
-from reference_ports.clip.layers import StatesAndPooled, TransformerLayer
+from reference_ports.blocks.transformer import StatesAndPooled, TransformerLayer
 from refiners.fluxion.context import Contexts
 
 

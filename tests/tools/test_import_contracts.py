@@ -40,6 +40,8 @@ ARROWS = [
     ("fl", "refiners/fluxion/layers/linear.py", "refiners.fluxion.layers"),
     ("ports", "reference_ports/clip/__init__.py", "reference_ports.bert"),
     ("ports", "reference_ports/bert/__init__.py", "reference_ports.clip"),
+    ("ports", "reference_ports/vit/__init__.py", "reference_ports.clip"),
+    ("ports", "reference_ports/blocks/images.py", "reference_ports.vit"),
 ]
 
 # Rooms whose packages must not know one another; the contract has the name of the room.

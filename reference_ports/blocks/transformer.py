@@ -1,4 +1,4 @@
-"""The transformer layer that CLIP's text and image encoders share, and the fork at the end of both."""
+"""The transformer layer that normalises before each residual, and what every transformer names alike."""
 
 from collections.abc import Callable
 from typing import Unpack
@@ -34,13 +34,16 @@ class TransformerLayer(fl.Chain):
         feedforward_dim: int,
         activation: Callable[[], nn.Module],
         layer_norm_eps: float,
-        is_causal: bool,
+        is_causal: bool = False,
+        use_projection_bias: bool = True,
         **factory: Unpack[fl.Factory],
     ) -> None:
         super().__init__(
             AttentionResidual(
                 fl.LayerNorm(embedding_dim, eps=layer_norm_eps, **factory),
-                SelfAttention(embedding_dim, num_heads, is_causal=is_causal, **factory),
+                SelfAttention(
+                    embedding_dim, num_heads, is_causal=is_causal, use_projection_bias=use_projection_bias, **factory
+                ),
             ),
             FeedForwardResidual(
                 fl.LayerNorm(embedding_dim, eps=layer_norm_eps, **factory),
