@@ -397,3 +397,14 @@ def test_inductor_compiles_a_model_with_contexts_to_equal_results() -> None:
     fast = torch.compile(model, fullgraph=True, backend=BACKEND)
     # In float64 and read as float32: other rounding of the last bits is the compiler's right.
     assert torch.equal(fast(x.double()).float(), model(x.double()).float())
+
+
+def test_a_structural_copy_of_a_chain_compiled_in_place_is_a_model_of_its_own() -> None:
+    chain = fl.Chain(fl.Linear(2, 2), fl.Identity())
+    chain.compile(backend="eager")
+    x = torch.ones(1, 2)
+    before = chain(x)
+    clone = chain.structural_copy()
+    clone.append(fl.Multiply(2.0))
+    assert torch.equal(clone(x), 2 * before)
+    assert torch.equal(chain(x), before)
