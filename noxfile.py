@@ -79,6 +79,14 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["environment"])
+def mutants(session: nox.Session) -> None:
+    """Plant faults in the ports and count those that the cases tell; `-- bert --budget 60 --seed 1`."""
+    install(session, "parity")
+    install(session, "published-files", "--no-deps")
+    run(session, "-m", "refiners.cli", "parity", "mutants", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
 def tests(session: nox.Session) -> None:
     """Run the unit tests, the examples of the docs, and the planted faults of every rule."""
     install(session, "tests")

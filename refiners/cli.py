@@ -258,5 +258,119 @@ def show_case(
     raise typer.Exit(commands.show_case(case, cases, lanes=lanes, device=device))
 
 
+@parity.command("new")
+def new_family(
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of the package, such as [cyan]vit[/].")],
+    upstream: Annotated[
+        str, typer.Option(metavar="CLASS", help="What it is a port of, such as [cyan]transformers.ViTModel[/].")
+    ],
+    config: Annotated[
+        str, typer.Option(metavar="JSON", help="Arguments of upstream's configuration. Small sizes make a quick draft.")
+    ] = "{}",
+) -> None:
+    """Write the files of a port, drafted from the upstream model. Run it at the root of the checkout.
+
+    The tree has upstream's modules, the key map all of its weights, the case both
+    models: it runs at once, and says where the port differs. No file is replaced.
+
+    [cyan]refiners parity new vit --upstream transformers.ViTModel[/]
+    [cyan]refiners parity new vit --upstream transformers.ViTModel --config '{"hidden_size": 32}'[/]
+    """
+    from refiners.parity.new import new_family
+
+    for path in new_family(family, upstream, config):
+        typer.echo(path.relative_to(Path.cwd()))
+    typer.echo(
+        f'\nAdd "{family}" to FAMILIES in reference_ports/__init__.py, and to the contract "ports" in pyproject.toml.\n'
+        f"Then: refiners parity show {family}/tiny\ndocs/porting.md leads on from there."
+    )
+
+
+@parity.command("mutants")
+def mutants(
+    only: Annotated[
+        str, typer.Argument(metavar="[TEXT]", help="Only the cases whose id contains this text, or one mutant's id.")
+    ] = "",
+    keyword: Annotated[str, typer.Option("-k", metavar="TEXT", help="The same, as pytest spells it.")] = "",
+    cases: Cases = CASES_OF_THIS_REPOSITORY,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Stop there. By default all are tried.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which mutants are tried.")] = 0,
+    every_case: Annotated[
+        bool, typer.Option("--every-case", help="Plant each fault in every case, and tell what each case earns.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
+    equivalents: Annotated[
+        Path | None,
+        typer.Option(help="Mutants that are no faults. By default equivalent.toml in the first folder of MODULES."),
+    ] = None,
+) -> None:
+    """Plant faults in ports that are right, and count those that the cases tell.
+
+    Each fault is one small mistake, made after both sides share their weights: a mask
+    dropped, two norms swapped, an eps ten times too large. Exit code 1 if fewer than
+    99 % of a family are told.
+
+    [cyan]refiners parity mutants bert --budget 60[/]
+    [cyan]refiners parity mutants "bert/tiny::eps::Embeddings.LayerNorm"[/]
+    """
+    from refiners.parity.kill_report import run_mutants
+
+    beside = Path(cases.partition(",")[0].partition(".")[0]) / "equivalent.toml"
+    equivalents = equivalents or (beside if beside.is_file() else None)
+    code = run_mutants(
+        cases,
+        keyword=only or keyword,
+        budget=budget,
+        seed=seed,
+        every_case=every_case,
+        json_path=json,
+        equivalents_path=equivalents,
+    )
+    raise typer.Exit(code)
+
+
+@parity.command("explain")
+def explain_case(
+    case: Annotated[
+        str, typer.Argument(metavar="CASE", help="The id of a case, as [cyan]refiners parity list[/] prints it.")
+    ],
+    cases: Cases = CASES_OF_THIS_REPOSITORY,
+    device: Device = "cpu",
+    lanes: Lanes = "",
+    seconds: Annotated[float, typer.Option(help="When to stop trying what would make both sides equal.")] = 60.0,
+) -> None:
+    """Find out where a port differs from its upstream, and why.
+
+    Names the first nodes that compute something else from the same values, with the
+    operation and the line of both sides, and what would make them equal.
+
+    [cyan]refiners parity explain bert/tiny --lanes float32[/]
+    """
+    from refiners.parity import commands
+
+    raise typer.Exit(commands.explain_case(case, cases, lanes=lanes, device=device, seconds=seconds))
+
+
+@parity.command("cells")
+def run_cells(
+    only: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only the cases whose id contains this text.")] = "",
+    cases: Cases = CASES_OF_THIS_REPOSITORY,
+    cells: Annotated[str, typer.Option(metavar="CELLS", help="Only these, separated by commas.")] = "",
+) -> None:
+    """Change what changes nothing, and see that nothing changes.
+
+    The items of a batch one by one, padding, other strides, a copy, a saved and loaded
+    model, a compiled one: each has to give the results it gave before.
+
+    [cyan]refiners parity cells bert[/]
+    [cyan]refiners parity cells clip --cells batch,padded[/]
+    """
+    from refiners.parity.cell_report import run_cells
+
+    raise typer.Exit(run_cells(cases, keyword=only, cells=cells))
+
+
 if __name__ == "__main__":
     main()

@@ -53,7 +53,7 @@ def test_ci_runs_the_two_commands_and_the_other_sessions_and_nothing_else() -> N
 
 
 def test_ci_runs_every_check_here_and_on_the_hosted_runners() -> None:
-    checks = set(SESSIONS) - {"environment", "docs", "fix"}
+    checks = set(SESSIONS) - {"environment", "docs", "fix", "mutants"}  # a sample of the mutants runs in parity
     local = {word for command in commands_of(ROOT / ".ci" / "run") for word in re.findall(r"(?<=nox -s ).*", command)}
     assert set(" ".join(local).split()) == checks
     matrix = re.search(r"session: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())

@@ -26,6 +26,7 @@ from reference_ports.bert import (
 )
 from refiners.conversion import read_config, read_state_dict
 from refiners.parity import Case, FullSize, with_both_inits
+from refiners.parity.weights import fill_informative
 
 Inputs = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -44,6 +45,10 @@ MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
 KEY_BIAS = {
     "encoder.layer.{i}.attention.self.key.bias": "adds the same number to all scores of a query: softmax removes it"
 }
+
+
+SCORES = {"padded": "its mask is finished scores"}
+FULL = {"padded": "there are as many tokens as places"}
 
 
 def config(**changes: Any) -> BertConfig:
@@ -74,6 +79,13 @@ def text(
             [torch.randperm(positions, generator=generator)[:length] for _ in range(batch)]
         )
     return inputs
+
+
+def longer(inputs: Inputs, more: int = 3) -> Inputs:
+    """The same texts with padding behind them."""
+    ids = inputs["input_ids"]
+    given = {**inputs, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+    return {name: torch.cat([value, value.new_zeros(len(ids), more)], dim=1) for name, value in given.items()}
 
 
 def set_knobs(model: BERTEncoder, inputs: Inputs) -> BERTEncoder:
@@ -162,6 +174,8 @@ def case(name: str, summary: str, inputs: Callable[[torch.Generator], Inputs] = 
         run_port=run_port,
         taps=taps(settings.num_hidden_layers, **{"StatesAndPooled.Pooler": "pooler"}),
         without_influence=KEY_BIAS,
+        batch_axis=0,
+        pad=longer,
     )
 
 
@@ -182,8 +196,37 @@ def encoder_case(
         inputs=inputs,
         run_upstream=runs[0],
         run_port=runs[1],
+        batch_axis=0,
+        pad=longer,
         **{"without_influence": KEY_BIAS, **more},
     )
+
+
+def sentence_case(name: str, summary: str, inputs: Callable[[torch.Generator], Inputs], **more: Any) -> Case:
+    """`BertModel`, and what sentence-transformers makes of its states."""
+    return Case(
+        id=f"bert/{name}",
+        summary=summary,
+        upstream=lambda: BertModel(config(), add_pooling_layer=False),
+        port=lambda: sentence_encoder_from_config(config().to_dict()),
+        key_map=ENCODER_KEYS,
+        inputs=inputs,
+        run_upstream=run_upstream_sentences,
+        run_port=run_port_sentences,
+        taps=taps(3),
+        without_influence=KEY_BIAS,
+        batch_axis=0,
+        pad=longer,
+        **more,
+    )
+
+
+def weights_of_short_sentences() -> Mapping[str, Tensor]:
+    """Informative weights, but for a last norm that makes everything tiny."""
+    model = BertModel(config(), add_pooling_layer=False).double()
+    fill_informative(model, seed=0)
+    last = "encoder.layer.2.output.LayerNorm."
+    return {key: 1e-13 * value if key.startswith(last) else value for key, value in model.state_dict().items()}
 
 
 def finished_mask(generator: torch.Generator) -> Inputs:
@@ -230,6 +273,8 @@ MINILM_CASE = Case(
     taps=taps(6),
     without_influence={**KEY_BIAS, "pooler.*": "the sentence is the mean of its tokens"},
     weights=minilm_weights,
+    batch_axis=0,
+    pad=longer,
     lanes=("float64", "float32", "bfloat16"),
 )
 
@@ -254,12 +299,15 @@ CASES = (
         ),
     ),
     case("all-masked", "one text is padding only", partial(text, mask=[[1, 1, 1, 1, 1, 0, 0], [0] * 7], pad=False)),
-    case("finished-mask", "scores to add, of four axes", finished_mask),
+    replace(case("finished-mask", "scores to add, of four axes", finished_mask), without_cells=SCORES),
     case("position-ids", "tokens in places of their own", partial(text, batch=3, positions=64)),
     case(
         "one-layer", "one layer, one head, batch 1", partial(text, batch=1), num_hidden_layers=1, num_attention_heads=1
     ),
-    case("long", "as many tokens as places, 8 heads", partial(text, batch=1, length=64), num_attention_heads=8),
+    replace(
+        case("long", "as many tokens as places, 8 heads", partial(text, batch=1, length=64), num_attention_heads=8),
+        without_cells=FULL,
+    ),
     replace(
         case("one-token", "a single token", partial(text, batch=3, length=1)),
         without_influence={
@@ -306,17 +354,18 @@ CASES = (
         partial(text, mask=PADDED),
         gradients=False,
     ),
-    Case(
-        id="bert/sentences",
-        summary="mean pooling and normalisation",
-        upstream=lambda: BertModel(config(), add_pooling_layer=False),
-        port=lambda: sentence_encoder_from_config(config().to_dict()),
-        key_map=ENCODER_KEYS,
-        inputs=partial(text, mask=PADDED),
-        run_upstream=run_upstream_sentences,
-        run_port=run_port_sentences,
-        taps=taps(3),
-        without_influence=KEY_BIAS,
+    sentence_case("sentences", "mean pooling and normalisation", partial(text, mask=PADDED)),
+    sentence_case(
+        "sentences-all-masked",
+        "one text is padding only: its sentence is 0, not NaN",
+        partial(text, mask=[[1, 1, 1, 1, 1, 0, 0], [0] * 7], pad=False),
+    ),
+    sentence_case(
+        "sentences-short",
+        "vectors that are shorter than the eps of their normalisation",
+        partial(text, mask=PADDED),
+        weights=weights_of_short_sentences,
+        lanes=("float64", "float32", "bfloat16"),
     ),
     MINILM_CASE,
     replace(

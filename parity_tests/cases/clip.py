@@ -38,14 +38,19 @@ TINY_TEXT: dict[str, Any] = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_i
 TINY_IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8, **TINY}
 
 SOFTMAX = "adds the same number to all scores of a query: softmax removes it"
+SCORES = {"padded": "its mask is finished scores"}
+FULL = {"padded": "there are as many tokens as places"}
+PICTURES = {"padded": "pictures are not padded"}
+PAIRS = {"batch": "every text is held against every picture", "padded": "pictures are not padded"}
 POST_NORM = "normalises the pooled token only, which is not compared here"
 
 
 def ids(
     generator: torch.Generator, batch: int = 2, length: int = 9, *, mask: bool = False, positions: bool = False
 ) -> Inputs:
-    """Random ids with the end of each text in another place, followed by padding with the id of the end."""
+    """Random ids after that of the beginning, 0; the end of each text is in another place, padded with its own id."""
     tokens = torch.randint(3, END, (batch, length), generator=generator)
+    tokens[:, 0] = 0
     lengths = [max(1, length - 2 * row) for row in range(batch)]
     for row, end in enumerate(lengths):
         tokens[row, end - 1 :] = END
@@ -55,6 +60,13 @@ def ids(
     if positions:
         inputs["position_ids"] = torch.stack([torch.randperm(77, generator=generator)[:length] for _ in range(batch)])
     return inputs
+
+
+def longer(inputs: Inputs, more: int = 3) -> Inputs:
+    """The same texts with padding behind them."""
+    tokens = inputs["input_ids"]
+    given = {**inputs, "attention_mask": inputs.get("attention_mask", torch.ones_like(tokens))}
+    return {name: torch.cat([value, value.new_zeros(len(tokens), more)], dim=1) for name, value in given.items()}
 
 
 def left_padded_ids(generator: torch.Generator) -> Inputs:
@@ -101,6 +113,11 @@ def run_text(model: nn.Module, inputs: Inputs) -> Outputs:
 
 def run_image(model: nn.Module, inputs: Inputs) -> Outputs:
     return dict(zip(("last_hidden_state", "vector"), model(inputs["pixel_values"]), strict=True))
+
+
+def in_float32(run: Callable[[nn.Module, Inputs], Outputs]) -> Callable[[nn.Module, Inputs], Outputs]:
+    """The same, on pictures in float32, whatever the dtype of the model: both sides cast them."""
+    return lambda model, inputs: run(model, {**inputs, "pixel_values": inputs["pixel_values"].float()})
 
 
 def run_interpolated_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
@@ -195,6 +212,8 @@ def text_case(name: str, summary: str, inputs: Callable[[torch.Generator], Input
         run_port=run_text,
         taps=taps(settings.num_hidden_layers, "TextEmbeddings", port="CLIPTextEncoder."),
         without_influence=key_bias(),
+        batch_axis=0,
+        pad=longer,
     )
 
 
@@ -214,6 +233,8 @@ def text_projection_case(
         run_port=run_text,
         taps=taps(settings.num_hidden_layers, "TextEmbeddings", "text_model.", "CLIPTextEncoder."),
         without_influence=key_bias("text_model."),
+        batch_axis=0,
+        pad=longer,
     )
 
 
@@ -229,6 +250,8 @@ def text_encoder_case(name: str, summary: str, runs: Runs, **more: Any) -> Case:
         inputs=partial(ids, mask=True),
         run_upstream=runs[0],
         run_port=runs[1],
+        batch_axis=0,
+        pad=longer,
         **{"without_influence": key_bias(), **more},
     )
 
@@ -258,6 +281,8 @@ def image_case(
         run_port=run_image,
         taps=taps(settings.num_hidden_layers, "ImageEmbeddings", prefix, "CLIPImageEncoder."),
         without_influence=key_bias(prefix),
+        batch_axis=0,
+        without_cells=PICTURES,
     )
 
 
@@ -273,6 +298,8 @@ def image_encoder_case(name: str, summary: str, runs: Runs, **more: Any) -> Case
         inputs=pixels,
         run_upstream=runs[0],
         run_port=runs[1],
+        batch_axis=0,
+        without_cells=PICTURES,
         **{"without_influence": {**key_bias(), "post_layernorm.*": POST_NORM}, **more},
     )
 
@@ -349,11 +376,16 @@ TEXT_CASES = (
         lambda generator: {**ids(generator), "attention_mask": torch.ones(2, 9, dtype=torch.long)},
     ),
     text_case("left-padding", "queries that see nothing", left_padded_ids),
-    text_case("finished-mask", "scores to add instead of the causal mask", finished_mask_ids),
+    replace(
+        text_case("finished-mask", "scores to add instead of the causal mask", finished_mask_ids), without_cells=SCORES
+    ),
     text_case("first-id", "the end is the first such id", partial(ids, batch=3), eos_token_id=END),
     text_case("no-end", "no end of text: the first token is taken", ids_without_end, eos_token_id=END),
     text_case("position-ids", "tokens in places of their own", partial(ids, mask=True, positions=True)),
-    text_case("77", "as many tokens as places, 8 heads", partial(ids, batch=1, length=77), num_attention_heads=8),
+    replace(
+        text_case("77", "as many tokens as places, 8 heads", partial(ids, batch=1, length=77), num_attention_heads=8),
+        without_cells=FULL,
+    ),
     replace(
         text_case("one-token", "a single token", partial(ids, batch=3, length=1)),
         without_influence={
@@ -372,7 +404,7 @@ TEXT_CASES = (
     text_projection_case(
         "bigg-width",
         "the width and the heads of bigG",
-        partial(ids, length=20, mask=True),
+        partial(ids, length=21, mask=True),
         hidden_size=1280,
         num_attention_heads=20,
         intermediate_size=128,
@@ -384,6 +416,25 @@ TEXT_CASES = (
     text_projection_case("l-projection", "quick GELU, highest id, projection, mask", partial(ids, mask=True)),
     text_projection_case("wide-projection", "a projection wider than the model", projection_dim=50),
     text_encoder_case("encoder", "the last state alone", (run_encoder_upstream, run_text_encoder)),
+    replace(
+        text_encoder_case("encoder-no-mask", "the kernel's own triangle", (run_encoder_upstream, run_text_encoder)),
+        inputs=ids,
+    ),
+    replace(
+        text_encoder_case("encoder-finished-mask", "scores to add", (run_encoder_upstream, run_text_encoder)),
+        inputs=finished_mask_ids,
+        without_cells=SCORES,
+    ),
+    *(
+        replace(
+            text_case(f"one-layer-{name}", summary, inputs, num_hidden_layers=1, num_attention_heads=2, hidden_size=26),
+            without_cells=SCORES if inputs is finished_mask_ids else {},
+        )
+        for name, summary, inputs in (
+            ("no-mask", "the kernel's own triangle", ids),
+            ("finished-mask", "scores to add", finished_mask_ids),
+        )
+    ),
     text_encoder_case(
         "hidden-states",
         "every hidden state in one forward",
@@ -401,6 +452,15 @@ IMAGE_CASES = (
     *with_both_inits(image_case("l", "quick GELU, projection")),
     replace(image_case("h", "exact GELU, projection", hidden_act="gelu"), full_size=IMAGE_SIZES),
     image_case("no-projection", "the pooled class token", projection=False),
+    *(
+        replace(case, run_upstream=in_float32(case.run_upstream), run_port=in_float32(case.run_port))
+        for case in (
+            image_case("float32", "pictures in float32 for a model of any dtype"),
+            image_encoder_case(
+                "float32-states", "the same, the encoder alone", (run_states_upstream, run_image_states)
+            ),
+        )
+    ),
     image_case("batch-1", "one picture, 8 heads", partial(pixels, batch=1), num_attention_heads=8),
     image_case("interpolated", "a larger, oblong picture", partial(pixels, height=48, width=40), interpolate=True),
     image_case("interpolated-down", "a smaller picture", partial(pixels, height=16, width=24), interpolate=True),
@@ -470,7 +530,7 @@ def run_whole_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
 
 def run_whole(model: nn.Module, inputs: Inputs) -> Outputs:
     assert isinstance(model, clip.CLIP)
-    model.text.set_attention_mask(inputs["attention_mask"])
+    model.text.set_attention_mask(inputs.get("attention_mask"))
     return {"logits_per_text": model(inputs["input_ids"], inputs["pixel_values"])}
 
 
@@ -479,22 +539,38 @@ def texts_and_pictures(generator: torch.Generator) -> Inputs:
 
 
 WHOLE = CLIPConfig(text_config=TINY_TEXT, vision_config=TINY_IMAGE, projection_dim=20, attn_implementation="sdpa")
-WHOLE_CASES = with_both_inits(
-    Case(
-        id="clip/whole",
-        summary="both halves, and the similarity of three texts with two pictures",
-        upstream=lambda: CLIPModel(WHOLE),
-        port=lambda: clip.clip_from_config(WHOLE.to_dict()),
-        key_map=clip.CLIP_KEYS,
-        inputs=texts_and_pictures,
-        run_upstream=run_whole_upstream,
-        run_port=run_whole,
-        taps={
-            f"Directions.{half}Direction.CLIP{half}ModelWithProjection.StatesAndPooled.{half}Embedding": upstream
-            for half, upstream in (("Text", "text_projection"), ("Image", "visual_projection"))
-        },
-        without_influence={**key_bias("text_model."), **key_bias("vision_model.")},
-    )
+WHOLE_CASE = Case(
+    id="clip/whole",
+    summary="both halves, and the similarity of three texts with two pictures",
+    upstream=lambda: CLIPModel(WHOLE),
+    port=lambda: clip.clip_from_config(WHOLE.to_dict()),
+    key_map=clip.CLIP_KEYS,
+    inputs=texts_and_pictures,
+    run_upstream=run_whole_upstream,
+    run_port=run_whole,
+    taps={
+        f"Directions.{half}Direction.CLIP{half}ModelWithProjection.StatesAndPooled.{half}Embedding": upstream
+        for half, upstream in (("Text", "text_projection"), ("Image", "visual_projection"))
+    },
+    without_influence={**key_bias("text_model."), **key_bias("vision_model.")},
+    without_cells=PAIRS,
+)
+WHOLE_CASES = (
+    *with_both_inits(WHOLE_CASE),
+    replace(
+        WHOLE_CASE,
+        id="clip/whole-no-mask",
+        summary="without a mask, pictures in float32",
+        inputs=lambda generator: {**ids(generator, 3), **pixels(generator, 2)},
+        run_upstream=in_float32(run_whole_upstream),
+        run_port=in_float32(run_whole),
+    ),
+    replace(
+        WHOLE_CASE,
+        id="clip/whole-finished-mask",
+        summary="scores to add instead of the causal mask",
+        inputs=lambda generator: {**finished_mask_ids(generator), **pixels(generator, 2)},
+    ),
 )
 
 CASES = (*TEXT_CASES, *IMAGE_CASES, *WHOLE_CASES)

@@ -5,6 +5,7 @@
     lanes.py       dtype × device, and everything held equal
     verdict.py     BITWISE, ROUNDING or DIFFERENT; rounding.py has the two constants
     runner.py      one case; suite.py many of them
+    explain.py     where and why a port differs; trace.py, teacher.py, localise.py and diagnose.py do it
     ledger.py      results that are not bitwise, each with its cause
     plugin.py      `pytest --parity-cases your.module`
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from refiners.parity.case import Conversion as Conversion
     from refiners.parity.case import FullSize as FullSize
     from refiners.parity.case import with_both_inits as with_both_inits
+    from refiners.parity.explain import Explanation as Explanation
+    from refiners.parity.explain import explain as explain
+    from refiners.parity.explain import explain_modules as explain_modules
     from refiners.parity.full_size import FullSizeResult as FullSizeResult
     from refiners.parity.lanes import Lane as Lane
     from refiners.parity.ledger import Ledger as Ledger
@@ -38,6 +42,7 @@ _HOMES = {
     "Case": "case",
     "CaseRunner": "runner",
     "Conversion": "case",
+    "Explanation": "explain",
     "FullSize": "case",
     "FullSizeResult": "full_size",
     "Lane": "lanes",
@@ -46,6 +51,7 @@ _HOMES = {
     "Result": "result",
     "Verdict": "result",
     "collect_cases": "registry",
+    "explain_modules": "explain",
     "load_cases": "registry",
     "render_readme_table": "report",
     "run": "suite",

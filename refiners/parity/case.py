@@ -112,8 +112,17 @@ class Case:
     """Compare one backward pass as well."""
     seed: int = 0
     """Seeds weights, inputs, cotangents and whatever the models draw themselves."""
+    time_limit: float = 600.0
+    """Seconds that a lane may take; longer is a hang, and `DIFFERENT`. See `refiners.parity.time_limit`."""
     summary: str = ""
     """One line for people."""
+    batch_axis: int | Mapping[str, int] | None = None
+    """The axis of all input tensors that holds the items of the batch, or input → its axis, and the others belong to
+    every item. Outputs hold them in axis 0. For `refiners.parity.metamorphic`, as are the next two."""
+    pad: Callable[[Inputs], Inputs] | None = None
+    """Lengthens the inputs by padding behind them, hidden by their mask. What outputs have more is cut off again."""
+    without_cells: Mapping[str, str] = field(default_factory=_no_strings)
+    """Metamorphic cell that does not apply → why."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -130,11 +139,15 @@ def _problems(case: Case) -> list[str]:
     from refiners.parity.lanes import DTYPES  # lanes need cases no more than cases need lanes: only the names
 
     problems: list[str] = []
-    if not _ID.fullmatch(case.id):
+    is_text = isinstance(case.id, str)  # pyright: ignore[reportUnnecessaryIsInstance]  # a third party's value
+    if not is_text or not _ID.fullmatch(case.id):
         problems.append("its id must be lower-case segments joined by '/', as in 'bert/tiny'")
     for name in ("upstream", "port", "inputs", "run_upstream", "run_port"):
-        if not callable(getattr(case, name)):
-            problems.append(f"`{name}` must be a function, got {getattr(case, name)!r}")
+        given = getattr(case, name)
+        if isinstance(given, nn.Module):
+            problems.append(f"`{name}` must be a function, got a {type(given).__name__}: write `lambda:` before it")
+        elif not callable(given):
+            problems.append(f"`{name}` must be a function, got {given!r}")
     for name in ("convert", "invert"):
         if not callable(getattr(case.key_map, name, None)):
             problems.append(f"`key_map` has no `{name}` method, got {type(case.key_map).__name__}")
@@ -146,6 +159,13 @@ def _problems(case: Case) -> list[str]:
         for key, why in case.without_influence.items()
         if not why.strip()
     ]
+    problems += [
+        f"no reason is given for `{cell}` in `without_cells`"
+        for cell, why in case.without_cells.items()
+        if not why.strip()
+    ]
+    if not case.time_limit > 0:
+        problems.append(f"`time_limit` must be a number of seconds above 0, got {case.time_limit!r}")
     if case.init not in ("informative", "upstream"):
         problems.append(f"`init` must be 'informative' or 'upstream', got {case.init!r}")
     return problems

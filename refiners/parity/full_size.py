@@ -11,6 +11,7 @@ import torch
 from refiners.errors import ParityError
 from refiners.parity.case import Case
 from refiners.parity.environment import package_behind
+from refiners.parity.time_limit import time_limit
 from refiners.parity.torch_state import forked_random_state
 
 
@@ -53,9 +54,10 @@ def check_full_size(case: Case, name: str) -> FullSizeResult:
     pair = case.full_size[name]
     key_map = pair.key_map or case.key_map
     try:
-        with torch.device("meta"), forked_random_state(cuda=False):
-            upstream, port = pair.upstream(), pair.port()
-        converted = key_map.convert(upstream.state_dict(), port)
+        with forked_random_state(cuda=False), time_limit(case.time_limit):
+            with torch.device("meta"):
+                upstream, port = pair.upstream(), pair.port()
+            converted = key_map.convert(upstream.state_dict(), port)
     except Exception as error:  # a builder or a key map of anybody's
         package = package_behind(error)
         told = f"{type(error).__name__}: {error}{f' ({package})' if package else ''}"

@@ -21,9 +21,10 @@ import pytest
 
 if TYPE_CHECKING:
     from refiners.parity.runner import CaseRunner
-    from refiners.parity.suite import Item
+    from refiners.parity.suite import AnyResult, Item
 
 _PROPERTY = "refiners-parity"
+_SECONDS_TO_EXPLAIN = 20.0
 _SHORTENED: dict[str, dict[str, Any]] = {
     "device": {"default": "cpu", "choices": ("cpu", "cuda", "all"), "help": "where parity cases run"},
     "lanes": {"default": "", "metavar": "DTYPES", "help": "restrict parity cases to these dtypes"},
@@ -193,6 +194,18 @@ class ParityItem(_Plain):
         cast(Any, super()).__init__(**rest)
         self.item, self.terms, self.runners = item, terms, runners
 
+    def _explained(self, result: "AnyResult") -> str:
+        """Where the two sides part, if they could be run; never a reason to fail, nor to be late for long."""
+        from refiners.parity.explained import try_to_explain
+        from refiners.parity.result import Result, Verdict
+
+        lane = self.item.lane
+        if lane is None or not isinstance(result, Result):
+            return ""
+        if result.traceback or result.verdict is not Verdict.DIFFERENT:
+            return ""
+        return f"\n\n{try_to_explain(self.runners[self.item.case.id], lane, seconds=_SECONDS_TO_EXPLAIN)}"
+
     def runtest(self) -> None:
         """Runs the case; fails unless the result may stand."""
         from refiners.parity.report import describe
@@ -204,7 +217,7 @@ class ParityItem(_Plain):
         judged = judge(result, self.terms.ledger, self.terms.baseline)
         self.user_properties.append((_PROPERTY, {"result": result.to_json(), "meta": self.item.lane is None}))
         if not judged.accepted:
-            raise ParityFailure(f"{judged.message}\n{describe(result)}")
+            raise ParityFailure(f"{judged.message}\n{describe(result)}{self._explained(result)}")
         if judged.known_gap:
             pytest.xfail(judged.message)
 

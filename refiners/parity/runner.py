@@ -26,7 +26,9 @@ from refiners.parity.modules import modules
 from refiners.parity.pairing import Kind, Pair, pair_gradients, pair_outputs, truth_tensors
 from refiners.parity.result import Result, Verdict
 from refiners.parity.rounding import ErrorPair
-from refiners.parity.side import Observed, observe
+from refiners.parity.second_look import look_again
+from refiners.parity.side import Observed, changed_weights, observe, weight_states
+from refiners.parity.time_limit import TimeIsUp, time_limit
 from refiners.parity.torch_state import default_dtype, seed_torch
 from refiners.parity.verdict import Comparison
 from refiners.parity.weights import Sharing
@@ -44,7 +46,9 @@ class _StageError(Exception):
 def _stage(name: str) -> Generator[None, None, None]:
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, pytest's Skipped and TimeIsUp are no Exception
         raise _StageError(name, error) from error
 
 
@@ -79,6 +83,7 @@ class CaseRunner:
         self._results: dict[Lane, Result] = {}
         self._inputs: dict[str, Any] | None = None
         self._values: Mapping[str, Tensor] | None = None
+        self._looked_again = False
 
     def run(self, lane: Lane) -> Result:
         """The result of one lane; computed once."""
@@ -90,7 +95,12 @@ class CaseRunner:
         started = time.perf_counter()
         label = ""
         try:
-            with held_equal(lane, threads=self.threads), warnings.catch_warnings():
+            with (
+                held_equal(lane, threads=self.threads),
+                default_dtype(torch.get_default_dtype()),
+                warnings.catch_warnings(),
+                time_limit(self.case.time_limit),
+            ):
                 warnings.simplefilter("ignore")
                 with _stage("drawing the inputs"):
                     self._inputs = draw_inputs(self.case) if self._inputs is None else self._inputs
@@ -107,6 +117,19 @@ class CaseRunner:
         return replace(result, seconds=round(time.perf_counter() - started, 4))
 
     # Both sides
+
+    def sides(self, lane: Lane) -> tuple[nn.Module, nn.Module, Sharing]:
+        """Both sides as a run makes them: upstream with its weights, and the port that reads the same storages.
+
+        For whoever runs them more than once, under `held_equal(lane)`.
+        """
+        self._inputs = draw_inputs(self.case) if self._inputs is None else self._inputs
+        upstream = self._upstream(lane)
+        return upstream, *self._port(lane, upstream)
+
+    def look(self, lane: Lane, model: nn.Module, *, is_port: bool, gradients: bool) -> Observed:
+        """What one of the `sides` computes, with the case's inputs and taps."""
+        return self._observe(lane, model, lane.dtype, is_port=is_port, gradients=gradients)
 
     def _build(self, builder: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         seed_torch(self.case.seed)
@@ -146,9 +169,23 @@ class CaseRunner:
             if set(modules(port)) & set(modules(upstream)):
                 raise ParityError("The port and upstream share modules: the port would be compared with itself.")
         with _stage("converting the weights"):
-            return port, weights.share(upstream, port, self.case.key_map)
+            before = weight_states(upstream)
+            sharing = weights.share(upstream, port, self.case.key_map)
+            rewritten = changed_weights(before, upstream)
+            if rewritten:
+                raise ParityError(f"The key map writes into upstream's weights {some(rewritten)}. It has to copy them.")
+            return port, sharing
 
-    def _observe(self, lane: Lane, model: nn.Module, dtype: torch.dtype, *, is_port: bool) -> Observed:
+    def _observe(
+        self,
+        lane: Lane,
+        model: nn.Module,
+        dtype: torch.dtype,
+        *,
+        is_port: bool,
+        foreign: Collection[type[nn.Module]] = (),
+        gradients: bool = True,
+    ) -> Observed:
         assert self._inputs is not None
         paths = {path: path if is_port else other for path, other in self.case.taps.items()}
         rounded = place_inputs(self._inputs, lane.dtype, lane.device)
@@ -157,9 +194,10 @@ class CaseRunner:
             self.case.run_port if is_port else self.case.run_upstream,
             place_inputs(rounded, dtype, lane.device),
             taps=paths,
-            gradients=self.case.gradients,
+            gradients=gradients and self.case.gradients,
             seed=self.case.seed,
             rounded_to=lane.dtype,
+            foreign=foreign,
         )
 
     def _truth(self, lane: Lane, upstream: nn.Module, seen: Observed) -> Observed | None:
@@ -176,13 +214,15 @@ class CaseRunner:
     # Comparison
 
     def _compare(self, lane: Lane, upstream: nn.Module) -> _Compared:
-        port, sharing = self._port(lane, upstream)
         trained = {name for name, p in upstream.named_parameters(remove_duplicate=False) if p.requires_grad}
-        faults = _frozen(port, sharing, trained)
+        # Before the port is built: a builder may patch what upstream calls.
         with _stage("running upstream"):
             ours = self._observe(lane, upstream, lane.dtype, is_port=False)
+        port, sharing = self._port(lane, upstream)
+        faults = _frozen(port, sharing, trained)
         with _stage("running the port"):
-            theirs = self._observe(lane, port, lane.dtype, is_port=True)
+            foreign = {type(m) for m in modules(upstream) if not type(m).__module__.startswith("torch.")}
+            theirs = self._observe(lane, port, lane.dtype, is_port=True, foreign=foreign)
         truth = self._truth(lane, upstream, ours)
         with _stage("comparing"):
             pairs, unpaired = pair_outputs(ours, theirs)
@@ -198,6 +238,10 @@ class CaseRunner:
                 pairs += gradients
                 faults += [*unpaired, *found.faults, *_nothing_differentiable(ours)]
             comparisons = _compare_all(pairs, truth, found)
+        if not self._looked_again and _seems_equal(comparisons, faults, lane):
+            self._looked_again = True
+            with _stage("looking again"):
+                faults += look_again(self.case, lane, (upstream, port), (ours, theirs), self._inputs)
         return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found)
 
     def _influence(self, lane: Lane, upstream: nn.Module, ours: Observed) -> Influence:
@@ -231,20 +275,36 @@ class CaseRunner:
 
     def _failed(self, lane: Lane, failure: _StageError, upstream: str) -> Result:
         error = failure.error
+        if isinstance(error, TimeIsUp):
+            error = error.as_error(self.case.time_limit)
         return Result(
             case=self.case.id,
             lane=lane.name,
             verdict=Verdict.DIFFERENT,
             reasons=(f"{failure.stage} raised {_in_one_line(error)}",),
             upstream=upstream,
-            traceback="".join(traceback.format_exception(error, limit=-6, chain=False)),
+            traceback=_traceback(error),
         )
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error, limit=-6, chain=False))
+    except Exception as other:  # an exception whose text cannot be had
+        return f"{type(error).__name__} (it cannot be shown: {type(other).__name__})"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception as other:
+        return f"(it cannot be shown: {type(other).__name__})"
 
 
 def _in_one_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, ChainError) and error.__cause__ else error
-    lines = str(cause).strip().splitlines() or [""]
-    where = f" in {str(error).strip().splitlines()[0]}" if cause is not error else ""
+    lines = _text(cause).splitlines() or [""]
+    where = f" in {_text(error).splitlines()[0]}" if cause is not error else ""
     package = package_behind(error)
     told = "\n".join(lines) if isinstance(cause, RefinersError) else lines[0]
     return f"{type(cause).__name__}: {told}{where}{f' ({package})' if package else ''}"
@@ -257,6 +317,12 @@ def _compare_all(pairs: list[Pair], truth: Observed | None, found: Influence | N
         return found.magnitude if found and pair.kind is Kind.GRADIENT and pair.name in found.noise else None
 
     return [verdict.compare(p, right.get((p.kind, p.name)), noise_magnitude=noise(p)) for p in pairs]
+
+
+def _seems_equal(comparisons: list[Comparison], faults: list[str], lane: Lane) -> bool:
+    if not lane.is_truth:
+        return not faults and all(c.bitwise for c in comparisons)
+    return verdict.judge(comparisons, faults, lane, float64_verdict=None)[0] is not Verdict.DIFFERENT
 
 
 def _side_faults(ours: Observed, theirs: Observed) -> list[str]:

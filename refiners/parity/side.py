@@ -5,20 +5,22 @@ both sides, gives the gradients of every parameter and of every floating input.
 """
 
 import difflib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from refiners.errors import ParityError
+from refiners.parity.bits import as_integers
 from refiners.parity.case import Inputs, Outputs
 from refiners.parity.influence import some
 from refiners.parity.inputs import copy_for_one_side, mutated, named_tensors
 from refiners.parity.modules import modules, named_modules
-from refiners.parity.torch_state import seed_torch
+from refiners.parity.torch_state import default_dtype, seed_torch
 from refiners.parity.weights import floating_entries, generator_for
 
 
@@ -51,6 +53,8 @@ def observe(
     gradients: bool,
     seed: int,
     rounded_to: torch.dtype,
+    foreign: Collection[type[nn.Module]] = (),
+    backward: bool = True,
 ) -> Observed:
     """Runs one side once, forward and backward.
 
@@ -62,13 +66,16 @@ def observe(
         gradients: whether to run the backward pass.
         seed: of the cotangents and of whatever the model draws.
         rounded_to: dtype to which cotangents are rounded before they take the outputs' dtype.
+        foreign: classes of the other side, which may not run here unless they stand in this model's own tree.
+        backward: False leaves the backward pass out, and all else as it is with `gradients`: attention takes another
+            kernel for a mask that asks for a gradient.
 
     Raises:
         ParityError: a tapped path does not exist, the case's function returns no mapping of tensors, or the side
             writes into its inputs.
     """
     seen = Observed(faults=_training(model))
-    before = _versions(model)
+    before = weight_states(model)
     own = copy_for_one_side(inputs, gradients=gradients)
     ran: set[nn.Module] = set()
     if gradients:
@@ -76,18 +83,18 @@ def observe(
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     seed_torch(seed)
-    with torch.set_grad_enabled(gradients), _hooks(model, taps, ran, seen):
-        outputs = _checked(run(model, own))
+    with torch.set_grad_enabled(gradients), _hooks(model, taps, ran, seen), _same_default_dtype(seen):
+        with _watch_for(foreign, model, seen):
+            outputs = _checked(run(model, own))
     written = mutated(own, inputs)
     if written:
         raise ParityError(f"A forward may not write into its inputs, and this one changes {some(written)}.")
     seen.faults += [fault for fault in _training(model) if fault not in seen.faults]
-    after = _versions(model)
-    rewritten = [name for name in before if after.get(name) != before[name]]
+    rewritten = changed_weights(before, model)
     seen.faults += [f"its forward writes into its weights {some(rewritten)}"] if rewritten else []
     seen.outputs = {name: tensor.detach() for name, tensor in outputs.items()}
     seen.differentiable = {name for name, tensor in outputs.items() if tensor.requires_grad}
-    if gradients:
+    if gradients and backward:
         _backward({name: outputs[name] for name in seen.differentiable}, seed, rounded_to)
         seen.gradients = {name: _dense(p.grad) for name, p in model.named_parameters(remove_duplicate=False)}
         seen.input_gradients = {name: t.grad for name, t in named_tensors(own) if t.requires_grad and t.is_leaf}
@@ -95,9 +102,46 @@ def observe(
     return seen
 
 
-def _versions(model: nn.Module) -> dict[str, int]:
-    """How often each weight was written to, as autograd counts. Both sides read one storage, so neither may write."""
-    return {entry.key: entry.tensor._version for entry in floating_entries(model)}
+def weight_states(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What changes when a weight is written to: autograd's count, and for writers that evade it the sum of its bits.
+
+    Both sides read one storage, so nobody may write.
+    """
+    return {e.key: (e.tensor._version, int(as_integers(e.tensor).sum())) for e in floating_entries(model)}
+
+
+def changed_weights(before: Mapping[str, tuple[int, int]], model: nn.Module) -> list[str]:
+    """The keys whose weights were written to since `weight_states`."""
+    after = weight_states(model)
+    return [key for key in before if after.get(key) != before[key]]
+
+
+@contextmanager
+def _same_default_dtype(seen: Observed) -> Generator[None, None, None]:
+    before = torch.get_default_dtype()
+    with default_dtype(before):
+        yield
+        after = torch.get_default_dtype()
+    if after != before:
+        seen.faults.append(f"it changes torch's default dtype to {after}")
+
+
+@contextmanager
+def _watch_for(foreign: Collection[type[nn.Module]], model: nn.Module, seen: Observed) -> Generator[None, None, None]:
+    """Notices modules of these classes that run although no tree shows them."""
+    own, found = set(modules(model)), dict[str, None]()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if type(module) in foreign and module not in own:
+            found[type(module).__name__] = None
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if found:
+        seen.faults.append(f"it runs modules of the other side that its own tree does not hold: {some(list(found))}")
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
@@ -113,7 +157,8 @@ def _checked(outputs: Any) -> dict[str, Tensor]:
     if not isinstance(outputs, Mapping):
         raise ParityError(f"The case's function must return a dict of tensors, got {type(outputs).__name__}.")
     found = dict(cast(Mapping[str, Any], outputs))
-    wrong = [f"`{name}` is {type(value).__name__}" for name, value in found.items() if not isinstance(value, Tensor)]
+    # A subclass may answer for itself when it is compared.
+    wrong = [f"`{name}` is {type(v).__name__}" for name, v in found.items() if type(v) not in (Tensor, nn.Parameter)]
     if wrong:
         raise ParityError(f"The case's function must return a dict of tensors, but {', '.join(wrong)}.")
     return found

@@ -5,6 +5,7 @@ the ledger, and nothing was compared less than in the committed `parity.json`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from refiners.errors import ParityError
 from refiners.parity.case import Case
 from refiners.parity.environment import environment
 from refiners.parity.full_size import FullSizeResult, check_full_size
+from refiners.parity.influence import some
 from refiners.parity.lanes import DEVICES, DTYPES, Lane, select_lanes
 from refiners.parity.ledger import Judgement, Ledger
 from refiners.parity.result import Result, Verdict
@@ -148,8 +150,11 @@ def register(
         lanes: dtypes to restrict the run to; full sizes are left out then. None: all that the cases declare.
 
     Raises:
-        ParityError: a lane does not exist, or nothing is left to run.
+        ParityError: a lane does not exist, an id occurs twice, or nothing is left to run.
     """
+    twice = [case_id for case_id, count in Counter(case.id for case in cases).items() if count > 1]
+    if twice:
+        raise ParityError(f"Several cases have the id {some(twice)}. Give each case an id of its own.")
     items = [Item(case, lane) for case in cases for lane in select_lanes(case.lanes, lanes, devices)]
     if lanes is None:
         items += [Item(case, None, name) for case in cases for name in case.full_size]

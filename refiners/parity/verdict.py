@@ -161,21 +161,29 @@ def uninformative(pairs: Sequence[Pair], weights: Collection[int]) -> list[str]:
     for pair in pairs:
         fault = _uninformative(pair)
         is_number = pair.upstream.is_floating_point() or pair.upstream.is_complex()
-        informative |= not fault and pair.kind is Kind.OUTPUT and pair.upstream.numel() > 0
+        address = pair.upstream.untyped_storage().data_ptr()
+        is_shared = bool(address) and address == pair.port.untyped_storage().data_ptr()
+        informative |= not fault and pair.kind is Kind.OUTPUT and not is_shared
         if fault and is_number:
             faults.append(f"{pair} {fault}: nothing informative was compared")
-        address = pair.upstream.untyped_storage().data_ptr()
-        if address and address == pair.port.untyped_storage().data_ptr() and address not in weights:
+        if is_shared and address not in weights:
             faults.append(f"{pair} is one tensor on both sides: it was compared with itself")
     if not informative and not faults:
-        faults.append("every output is constant: nothing informative was compared")
+        faults.append("every output is constant, or a weight that both sides share: nothing informative was compared")
     return faults
 
 
 def _uninformative(pair: Pair) -> str:
+    if not pair.upstream.numel():
+        return "has no elements"
     for side, tensor in (("upstream", pair.upstream), ("in the port", pair.port)):
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() and bool(tensor.isnan().all()):
-            return f"is NaN everywhere {side}"
-        if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+        values = tensor.flatten()
+        if tensor.is_floating_point() or tensor.is_complex():
+            values = values[~values.isnan()]
+            if not values.numel():
+                return f"is NaN everywhere {side}"
+            if not bool(values.isfinite().any()):
+                return f"has no finite element {side}"
+        if tensor.numel() > 1 and bool((values == values[:1]).all()):
             return f"is constant {side}"
     return ""

@@ -1,4 +1,4 @@
-"""`refiners parity list | run | show`."""
+"""`refiners parity list | run | show | explain`."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from refiners.errors import ParityError
-from refiners.parity.commands import list_cases, run_cases, show_case
+from refiners.parity.commands import explain_case, list_cases, run_cases, show_case
 
 CASES = """
 from tests.refiners.parity.toys import Port, make_case
@@ -94,3 +94,15 @@ def test_what_does_not_exist_is_an_error() -> None:
         show_case("toy/god", "cases_for_commands")
     with pytest.raises(ParityError, match="no device 'tpu'"):
         run_cases("cases_for_commands", device="tpu")
+
+
+def test_explain_tells_where_and_why_a_case_differs(console: Console) -> None:
+    assert explain_case("toy/bad", "cases_for_commands", lanes="float64", console=console) == 1
+    assert "toy/bad[float64]: 2 faults" in text(console)
+    assert "when `eps` is 1e-05" in text(console)
+    assert "refiners parity explain toy/bad --lanes float64" in text(console)
+
+
+def test_explain_has_nothing_to_say_of_an_equal_case(console: Console) -> None:
+    assert explain_case("toy/good", "cases_for_commands", console=console) == 0
+    assert "BITWISE, nothing to explain" in text(console)

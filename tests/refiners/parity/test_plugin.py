@@ -71,6 +71,12 @@ def test_a_fault_fails_with_its_reason_and_no_frames_of_the_engine(project: Proj
     result.stdout.no_fnmatch_line("*plugin.py*")
 
 
+def test_a_fault_is_explained_where_it_fails(project: Project) -> None:
+    project.cases(BAD)
+    result = project.run("--parity-cases", "their_cases", "--lanes", "float64")
+    result.stdout.fnmatch_lines(["DIFFERENT:*", "bad/one?float64?: 2 faults*", "*equal*when `eps` is 1e-05"])
+
+
 def test_items_are_chosen_by_their_id(project: Project) -> None:
     project.cases(GOOD)
     project.run("--parity-cases", "their_cases", "-k", "good/one and float32").assert_outcomes(passed=1, deselected=5)

@@ -227,7 +227,11 @@ def test_a_tensor_compared_with_itself_is_a_fault() -> None:
     tensor = torch.arange(4.0)
     assert "compared with itself" in uninformative([Pair("y", Kind.OUTPUT, tensor, tensor[1:])], set())[0]
     assert uninformative([Pair("y", Kind.OUTPUT, tensor, tensor.clone())], set()) == []
-    assert uninformative([Pair("y", Kind.OUTPUT, tensor, tensor)], {tensor.untyped_storage().data_ptr()}) == []
+    weight = Pair("w", Kind.OUTPUT, torch.rand(3), torch.rand(3)).upstream
+    known = {weight.untyped_storage().data_ptr()}
+    pairs = [Pair("w", Kind.OUTPUT, weight, weight), Pair("y", Kind.OUTPUT, tensor, tensor.clone())]
+    assert uninformative(pairs, known) == []
+    assert "a weight that both sides share" in uninformative(pairs[:1], known)[0]
 
 
 class WritesItsInput(Port):

@@ -1,0 +1,160 @@
+"""Contestants: what is timed against what, in one process, on one thread, in turns.
+
+Two runs one after the other compare two moments of the machine. Here the two contestants take turns within
+milliseconds, in the order A B B A: whatever slows the machine slows both, and a steady drift cancels out.
+
+What the machine's other users take is no cost of a contestant, so seconds are those that the processor worked for this
+process. With four busy neighbours per core, the clock on the wall said 0.21 [0.20, 0.86] of a ratio that is 1.03: whole
+turns were spent waiting. What a contestant waits for is not seen in return; nothing here waits.
+
+What existed before is hidden from the garbage collector, so that no contestant pays for the objects of the test suite.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, Generic, Protocol, TypeVar
+
+from benchmarks.engine.figures import Clock, Figure, measure
+
+T = TypeVar("T")
+Act = Callable[[], object]
+
+# One turn of each contestant: long against the clock's resolution and a cold cache, short against a burst.
+TURNS = 0.01
+WARM_UP = 0.05
+
+
+class Contest(Protocol):
+    """What can be measured, and handed to pytest-benchmark, whose JSON, histogram and compare read it."""
+
+    def figure(self, budget: float = ...) -> Figure: ...
+
+    def replay(self, benchmark: Any) -> None: ...
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Hide everything that exists now from the garbage collector, as long as this is open."""
+    if gc.get_freeze_count():
+        yield  # an outer one does
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The time of a contestant divided by that of a reference.
+
+    Both are given as functions that build what is to be timed, and every draw builds them anew, in turns the one or the
+    other first: where they happen to lie in memory makes two equal models differ by 3 %, and from a single pair of them
+    that would be taken for a difference of their classes.
+    """
+
+    contestant: Callable[[], Act]
+    reference: Callable[[], Act]
+    limit: float | None
+    precision: float = 0.01
+    clock: Clock = time.process_time
+
+    def figure(self, budget: float = 4.0) -> Figure:
+        with frozen_garbage():
+            seconds = self._seconds(self.contestant()) + self._seconds(self.reference())
+            # As many of both: who has the shorter turns finds the caches cold more often.
+            calls = max(1, round(TURNS / seconds))
+            is_first = cycle((True, False))
+            return measure(
+                lambda: self._ratio(calls, is_first=next(is_first)),
+                limit=self.limit,
+                precision=self.precision,
+                budget=budget,
+                clock=self.clock,
+            )
+
+    def replay(self, benchmark: Any) -> None:
+        benchmark.pedantic(self.contestant(), rounds=20, iterations=5, warmup_rounds=2)
+
+    def _seconds(self, act: Act) -> float:
+        """Warm up, and find how long a call takes."""
+        calls = 0
+        start = self.clock()
+        while (elapsed := self.clock() - start) < WARM_UP:
+            act()
+            calls += 1
+        return elapsed / calls
+
+    def _turn(self, act: Act, calls: int) -> float:
+        start = self.clock()
+        for _ in range(calls):
+            act()
+        return (self.clock() - start) / calls
+
+    def _ratio(self, calls: int, is_first: bool) -> float:
+        build, build_other = (self.contestant, self.reference) if is_first else (self.reference, self.contestant)
+        act, other = build(), build_other()
+        for _ in range(3):
+            act()
+            other()
+        outer = self._turn(act, calls)
+        inner = self._turn(other, calls) + self._turn(other, calls)
+        outer += self._turn(act, calls)
+        return outer / inner if is_first else inner / outer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Generic[T]):
+    """An act on something of size n. Each timing gets a `build(n)`: a fresh one if the act changes it."""
+
+    build: Callable[[int], T]
+    act: Callable[[T], object]
+    n: int
+    limit: float | None
+    precision: float = 0.05
+    clock: Clock = time.process_time
+
+    def figure(self, budget: float = 4.0) -> Figure:
+        """The seconds that the act takes."""
+        with frozen_garbage():
+            self._seconds(self.n)
+            return self._measure(lambda: self._seconds(self.n), budget, unit="s")
+
+    def replay(self, benchmark: Any) -> None:
+        benchmark.pedantic(self.act, setup=lambda: ((self.build(self.n),), {}), rounds=5)
+
+    def _seconds(self, n: int) -> float:
+        subject = self.build(n)
+        # Whether a collection falls into so short a time is chance, so it comes before.
+        gc.collect()
+        gc.disable()
+        try:
+            start = self.clock()
+            self.act(subject)
+            return self.clock() - start
+        finally:
+            gc.enable()
+
+    def _measure(self, draw: Callable[[], float], budget: float, unit: str) -> Figure:
+        return measure(draw, limit=self.limit, unit=unit, precision=self.precision, budget=budget, clock=self.clock)
+
+
+class Growth(Work[T]):
+    """By how much the time of the act grows from size n to size 2n: 2 is linear, 4 is quadratic."""
+
+    def figure(self, budget: float = 4.0) -> Figure:
+        with frozen_garbage():
+            self._seconds(self.n)
+            self._seconds(2 * self.n)
+            return self._measure(self._ratio, budget, unit="×")
+
+    def _ratio(self) -> float:
+        small = self._seconds(self.n)
+        large = self._seconds(2 * self.n) + self._seconds(2 * self.n)
+        return large / (small + self._seconds(self.n))

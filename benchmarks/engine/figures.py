@@ -1,0 +1,178 @@
+"""Figures: a number that was measured many times, an interval for its median, and a verdict against a limit.
+
+On a shared machine one timing says little and a mean less: a neighbour's burst moves both. So a figure is the *median*
+of many draws, and what decides is a bootstrap interval of that median, never the number itself:
+
+    MET         the whole interval is at or below the limit
+    MISSED      the whole interval is above it
+    UNDECIDED   the limit lies inside, and the time budget ended. No proof, so not green.
+"""
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cache
+from math import exp, lgamma, log
+from statistics import median
+from typing import Any
+
+# A draw measures the figure once.
+Draw = Callable[[], float]
+Clock = Callable[[], float]
+
+CONFIDENCE = 0.99
+# An interval that is looked at several times errs more often than one that is looked at once.
+LOOKS = 6
+# With fewer draws, an interval of a median says nothing about its tails.
+FEWEST_DRAWS = 16
+
+
+class Verdict(StrEnum):
+    """What an interval says about a limit."""
+
+    MET = "MET"
+    MISSED = "MISSED"
+    UNDECIDED = "UNDECIDED"
+    NO_LIMIT = "no limit"
+
+
+class LimitError(AssertionError):
+    """A figure does not meet its limit, or nobody can tell whether it does."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median, and where the true one lies with a confidence of 99 %, whenever the drawing stopped."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of its width, as a share of the median."""
+        return (self.high - self.low) / (2 * self.median)
+
+    def verdict(self, limit: float | None) -> Verdict:
+        if limit is None:
+            return Verdict.NO_LIMIT
+        if self.high <= limit:
+            return Verdict.MET
+        return Verdict.MISSED if self.low > limit else Verdict.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure. `samples` are the raw draws, kept so that others can judge them again."""
+
+    interval: Interval
+    limit: float | None
+    samples: tuple[float, ...]
+    unit: str = "×"
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.interval.verdict(self.limit)
+
+    def require(self) -> None:
+        """Nothing, if the limit is met or there is none.
+
+        Raises:
+            LimitError: The limit is missed, or the figure is undecided.
+        """
+        if self.verdict in (Verdict.MISSED, Verdict.UNDECIDED):
+            raise LimitError(str(self))
+
+    def __str__(self) -> str:
+        limit = "" if self.limit is None else f", limit {self.limit:g}"
+        return f"{self.verdict}: {self.number}, {self.spread}{limit}, {len(self.samples)} draws"
+
+    @property
+    def number(self) -> str:
+        """The median, to be read."""
+        return f"{self._format(self.interval.median)} {self.unit}"
+
+    @property
+    def spread(self) -> str:
+        """The interval, to be read; a count has none."""
+        low, high = self.interval.low, self.interval.high
+        return "exact" if low == high else f"[{self._format(low)}, {self._format(high)}]"
+
+    def _format(self, value: float) -> str:
+        return f"{value:.0f}" if value == int(value) else f"{value:.4f}" if self.unit == "s" else f"{value:.3f}"
+
+    def as_json(self) -> dict[str, Any]:
+        """What is written to the file of `--benchmark-json`."""
+        return asdict(self) | {"verdict": str(self.verdict)}
+
+
+def exact(count: float, *, limit: float | None, unit: str) -> Figure:
+    """A figure that is counted and not timed, and so known without an interval."""
+    return Figure(Interval(count, count, count), limit=limit, samples=(count,), unit=unit)
+
+
+@cache
+def _rank(n: int) -> int:
+    """How many of n sorted samples lie beyond either end of the interval.
+
+    No resampling is needed: a resample's median is at most the k-th sample exactly if at least half of its n draws are
+    among the first k, so the bootstrap distribution of a median is a sum of binomial terms.
+    """
+
+    def chance(k: int) -> float:
+        """That the median of a resample is at most the k-th sample, for 0 < k < n."""
+        terms = [exp(log_of(k / n, hits)) for hits in range((n + 1) // 2, n + 1)]
+        return sum(terms) if n % 2 else sum(terms) - terms[0] / 2
+
+    def log_of(share: float, hits: int) -> float:
+        ways = lgamma(n + 1) - lgamma(hits + 1) - lgamma(n - hits + 1)
+        return ways + hits * log(share) + (n - hits) * log(1 - share)
+
+    tail = (1 - CONFIDENCE) / 2 / LOOKS
+    return bisect_right(range(1, n // 2), tail, key=chance)
+
+
+def bootstrap(samples: Sequence[float]) -> Interval:
+    """The median of the samples, and the bootstrap interval of it."""
+    values = sorted(samples)
+    rank = _rank(len(values))
+    return Interval(median=median(values), low=values[rank], high=values[-1 - rank])
+
+
+def measure(
+    draw: Draw,
+    *,
+    limit: float | None,
+    unit: str = "×",
+    precision: float = 0.01,
+    budget: float = 4.0,
+    fewest: int = FEWEST_DRAWS,
+    clock: Clock = time.perf_counter,
+) -> Figure:
+    """Draw until the interval is narrow and on one side of the limit, or the budget is spent.
+
+    Args:
+        draw: Measures the figure once.
+        limit: What the figure may be at most. None: the figure is told, and judged by nobody.
+        unit: The unit of the figure; "×" for a ratio.
+        precision: The half-width, as a share of the median, at which the interval is narrow enough.
+        budget: Seconds after which no further draw is made.
+        fewest: The number of draws that are made in any case. The interval is looked at then, and each time the
+            number has doubled: a look after every draw would stop at the first lucky one.
+        clock: What tells the time; tests bring their own.
+    """
+    samples: list[float] = []
+    end = clock() + budget
+    look = fewest
+    while True:
+        samples.append(draw())
+        is_spent = len(samples) >= fewest and clock() >= end
+        if len(samples) < look and not is_spent:
+            continue
+        look = 2 * len(samples)
+        figure = Figure(interval=bootstrap(samples), limit=limit, samples=tuple(samples), unit=unit)
+        is_clear = figure.interval.half_width <= precision and figure.verdict is not Verdict.UNDECIDED
+        if is_clear or is_spent:
+            return figure

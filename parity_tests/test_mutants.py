@@ -1,0 +1,31 @@
+"""A sample of the planted faults, quick enough for every run; all of them are `nox -s mutants`.
+
+The sample is the same each time. What it must show: every fault is told by some case, none is left in a port, and what
+is said to be equivalent is.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from parity_tests.cases import bert, clip
+from refiners.parity import Case
+from refiners.parity.equivalent import load_equivalents
+from refiners.parity.kills import Settings, hunt
+
+EQUIVALENTS = load_equivalents(Path(__file__).parent / "equivalent.toml")
+SAMPLES: dict[str, tuple[tuple[Case, ...], set[str]]] = {
+    "bert": (bert.CASES, {"tiny", "no-mask", "finished-mask", "position-ids", "sentences", "sentences-short"}),
+    "clip": (clip.CASES, {"text-l", "text-no-mask", "text-finished-mask", "image-l", "image-float32"}),
+}
+
+
+@pytest.mark.parametrize("family", SAMPLES)
+def test_every_planted_fault_of_a_sample_is_told(family: str) -> None:
+    cases, names = SAMPLES[family]
+    chosen = [case for case in cases if case.id.partition("/")[2] in names]
+    assert len(chosen) == len(names)
+    (table,) = hunt(chosen, Settings(seed=3, per_case=15, equivalents=EQUIVALENTS))
+    assert len(table.faults) >= 80
+    assert [trial.id for trial in table.survived.values()] == []
+    assert table.problems == []

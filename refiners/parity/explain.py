@@ -1,0 +1,288 @@
+"""Explaining a difference: where the port parts from upstream, and why.
+
+    explanation = explain(case, Lane("float32"))
+    print(explanation)
+
+Upstream is traced once, the port once by itself and once with its leaves taught (see `teacher`). Each fault that is
+found is then diagnosed. Where bits differ at many leaves by rounding, the same is done in float64, and values that are
+close count as equal, so that only what rounding cannot explain is left.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refiners.parity.bits import same_bits
+from refiners.parity.case import Case
+from refiners.parity.diagnose import Session, diagnose
+from refiners.parity.fingerprint import Values
+from refiners.parity.gradients import explain_gradients
+from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
+from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.leaves import Pairing, pairings, weight_leaves
+from refiners.parity.localise import Finding, Locator
+from refiners.parity.runner import CaseRunner
+from refiners.parity.teacher import Point, Run, Teacher, Where
+from refiners.parity.torch_state import seed_torch
+from refiners.parity.trace import Trace, record
+
+MANY = 3
+"""More faults than this are rounding, or one that all nodes have: float64 tells."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A finding with its diagnosis."""
+
+    finding: Finding
+    diagnosis: str
+    """What makes the port equal there, completing "equal …"; "" when nothing that was tried does."""
+    was_run: bool
+    """Whether the port was run with that change; if not, it follows from the values of both sides."""
+
+
+@dataclass
+class Explanation:
+    """Why a port differs from its upstream."""
+
+    title: str
+    port: nn.Module
+    """Whose paths are named; as it was."""
+    faults: list[Fault]
+    marks: dict[str, str] = field(default_factory=dict[str, str])
+    """Path of each paired leaf of the port → `equal`, `introduces` or `propagates`."""
+    pairing: Pairing = field(default_factory=dict[str, str])
+    """Path of a leaf of the port → path of the leaf of upstream."""
+    notes: list[str] = field(default_factory=list[str])
+    command: str = ""
+    """What shows this again."""
+    seconds: float = 0.0
+
+    @property
+    def leaves(self) -> list[str]:
+        """The paths to blame, in the order of the forward."""
+        return [fault.finding.port for fault in self.faults]
+
+    def __str__(self) -> str:
+        from refiners.parity.explained import plain
+
+        return plain(self)
+
+    def __rich__(self) -> Any:
+        from refiners.parity.explained import rich
+
+        return rich(self)
+
+
+def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Explanation:
+    """Finds the faults of a case in a lane.
+
+    Receives:
+        case: a case, or its runner.
+        lane: where the verdict is not BITWISE.
+        seconds: after which no more hypotheses are tried. What was found until then is told.
+
+    Returns:
+        The faults in the order of the port's forward; none, with a note, where both sides are equal.
+
+    Raises:
+        ParityError: a side cannot be built, or the weights cannot be handed over.
+    """
+    runner = case if isinstance(case, CaseRunner) else CaseRunner(case)
+    found = _explain_in(runner, lane, seconds, by_closeness=False)
+    unclear = len(found.faults) > MANY or any(not fault.diagnosis for fault in found.faults)
+    if not unclear or "float64" not in runner.case.lanes:
+        return found
+    wide = _explain_in(runner, Lane("float64", lane.device), seconds, by_closeness=True)
+    some = len(wide.faults) or "none"
+    told = f"{len(found.faults)} nodes differ in {lane.name}, {some} by more than rounding in float64"
+    clearer = wide if wide.faults and len(wide.faults) <= len(found.faults) else found
+    clearer.notes.append(told)
+    return clearer
+
+
+def _explain_in(runner: CaseRunner, lane: Lane, seconds: float, *, by_closeness: bool) -> Explanation:
+    with held_equal(lane, threads=runner.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        upstream, port, _ = runner.sides(lane)
+        found = explain_sides(runner.case, lane, upstream, port, by_closeness=by_closeness, seconds=seconds)
+        if not found.faults and runner.case.gradients:
+            found.notes += explain_gradients(
+                upstream,
+                port,
+                lambda: runner.look(lane, upstream, is_port=False, gradients=True),
+                lambda: runner.look(lane, port, is_port=True, gradients=True),
+                found.pairing,
+            )
+        return found
+
+
+def explain_sides(
+    case: Case,
+    lane: Lane,
+    upstream: nn.Module,
+    port: nn.Module,
+    *,
+    by_closeness: bool = False,
+    seconds: float = 60.0,
+) -> Explanation:
+    """The same of both sides of a case that were built already, under `held_equal(lane)`."""
+    inputs = place_inputs(draw_inputs(case), lane.dtype, lane.device)
+
+    def ours() -> Mapping[str, Tensor]:
+        return case.run_upstream(upstream, copy_for_one_side(inputs, gradients=False))
+
+    def theirs() -> Mapping[str, Tensor]:
+        return case.run_port(port, copy_for_one_side(inputs, gradients=False))
+
+    found = explain_modules(
+        upstream,
+        port,
+        ours,
+        theirs,
+        right_weights=case.key_map.convert(upstream.state_dict(), port),
+        by_closeness=by_closeness,
+        seed=case.seed,
+        seconds=seconds,
+    )
+    found.title = f"{case.id}[{lane.name}]"
+    device = "" if lane.device == "cpu" else f" --device {lane.device}"
+    found.command = f"refiners parity explain {case.id} --lanes {lane.dtype_name}{device}"
+    return found
+
+
+def explain_modules(
+    upstream: nn.Module,
+    port: nn.Module,
+    run_upstream: Run,
+    run_port: Run,
+    *,
+    right_weights: Mapping[str, Tensor] | None = None,
+    by_closeness: bool = False,
+    seed: int = 0,
+    seconds: float = 60.0,
+) -> Explanation:
+    """The same of any two modules that hold the same weights.
+
+    Receives:
+        upstream, port: in eval mode; the port's weights are upstream's storages, as far as they can be.
+        run_upstream, run_port: run them on inputs of their own; the same names of outputs.
+        right_weights: port key → what the port should hold there, where it is known.
+        by_closeness: for float64: whether values that are close count as equal.
+        seed: what torch's generators are seeded with before each run.
+        seconds: after which no more hypotheses are tried.
+    """
+    started = time.monotonic()
+
+    def seeded(run: Run) -> Run:
+        def again() -> Mapping[str, Tensor]:
+            seed_torch(seed)
+            with torch.no_grad():
+                return run()
+
+        return again
+
+    run_upstream, run_port = seeded(run_upstream), seeded(run_port)
+    title = f"{type(upstream).__name__} and {type(port).__name__}"
+    # Modules may make or exchange others the first time they run: hooks are for those that are there afterwards.
+    run_upstream()
+    run_port()
+    values = Values(by_closeness)
+    ours, _ = record(upstream, run_upstream, values, read_views=True)
+    free, _ = record(port, run_port, values)
+    teacher = Teacher.listen(upstream, weight_leaves(upstream), run_upstream, values)
+    wrong = _wrong_weights(port, right_weights or {})
+    lessons = [
+        _lesson(teacher, port, run_port, pairing, ours, wrong)
+        for pairing in pairings(upstream, port, _keys_of_same(upstream, right_weights or {}))
+    ]
+    findings, points, pairing, forced = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
+    session = Session(
+        upstream=upstream,
+        port=port,
+        run_port=run_port,
+        teacher=teacher,
+        pairing=pairing,
+        right_weights=right_weights or {},
+        upstream_trace=ours,
+        port_trace=forced,
+        deadline=started + seconds,
+    )
+    session.start(points)
+    faults = [Fault(finding, *diagnose(finding, session)) for finding in findings]
+    explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
+    explanation.notes += _notes(faults, free, ours, session)
+    explanation.seconds = round(time.monotonic() - started, 3)
+    return explanation
+
+
+_Lesson = tuple[list[Finding], list[Point], Pairing, Trace]
+
+
+def _burden(findings: list[Finding], wrong: list[str]) -> tuple[int, int]:
+    """How much a pairing has to blame: of as many faults, those of leaves are the simpler story.
+
+    Values that come exchanged from leaves that do not hold what they should are the fault of those leaves.
+    """
+    denied = sum(not set(wrong).isdisjoint(finding.suspects) for finding in findings)
+    return len(findings) + 2 * denied, sum(not finding.is_leaf for finding in findings)
+
+
+def _lesson(
+    teacher: Teacher, port: nn.Module, run: Run, pairing: Pairing, ours: Trace, wrong_weights: list[str]
+) -> _Lesson:
+    points: list[Point] = []
+
+    def forced() -> Mapping[str, Tensor]:
+        with teacher.forcing(port, pairing, points):
+            return run()
+
+    trace, outputs = record(port, forced, teacher.values, read_views=True)
+    wrong = [path for path in wrong_weights if path not in pairing]
+    points += teacher.judge(outputs)
+    return Locator(ours, trace, pairing, wrong).find(points), points, pairing, trace
+
+
+def _keys_of_same(upstream: nn.Module, right: Mapping[str, Tensor]) -> dict[str, str]:
+    """Port key → upstream key, where both are the same whole tensor."""
+    places = {(tensor.data_ptr(), tensor.shape): key for key, tensor in upstream.state_dict().items()}
+    found = {key: places.get((tensor.data_ptr(), tensor.shape)) for key, tensor in right.items()}
+    return {key: other for key, other in found.items() if other is not None}
+
+
+def _wrong_weights(port: nn.Module, right: Mapping[str, Tensor]) -> list[str]:
+    """Paths of the leaves of the port that do not hold what they should."""
+    held = port.state_dict()
+    keys = [key for key, tensor in right.items() if key not in held or not same_bits(held[key], tensor)]
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+
+
+def _marks(points: list[Point], free: Trace, ours: Trace, pairing: Pairing) -> dict[str, str]:
+    """What each paired leaf does to the error when nothing is taught."""
+    wrong = {point.port for point in points if point.where is Where.RETURNS and not point.agrees}
+    marks: dict[str, str] = {}
+    for path, other in pairing.items():
+        here = [call.outputs for call in free.calls if call.path == path]
+        there = [call.outputs for call in ours.calls if call.path == other]
+        if here:
+            marks[path] = "introduces" if path in wrong else "equal" if here == there else "propagates"
+    return marks
+
+
+def _notes(faults: list[Fault], free: Trace, ours: Trace, session: Session) -> list[str]:
+    notes: list[str] = []
+    if not faults:
+        equal = free.outputs == ours.outputs
+        told = "in the forward both sides are equal, bit for bit" if equal else ""
+        notes.append(told or "the outputs differ, but every leaf and every way between two is equal")
+    unpaired = [path for path in weight_leaves(session.port) if path not in session.pairing]
+    if unpaired:
+        notes.append(f"leaves of the port that no leaf of upstream stands for: {', '.join(unpaired[:6])}")
+    if session.is_late():
+        notes.append("the time for hypotheses was over before all were tried")
+    return notes

@@ -1,0 +1,342 @@
+"""Where two traces part: the first operation whose inputs agree and whose output does not, on both sides.
+
+A value is *known* when the other side has it too. From a point at which the sides disagree, the way leads back through
+values that the other side does not have, to the operations that made them from values it has: the frontier. Walking
+back rather than forward leaves out what the sides compute in different ways to the same end.
+
+The same walk on upstream's side, from the value that should have arrived, finds what upstream did instead. A frontier
+that is empty says something too: the port passed on a value of upstream's that belongs elsewhere (something is
+missing), or upstream did (something is too much).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from refiners.parity.leaves import Pairing
+from refiners.parity.teacher import Point, Where
+from refiners.parity.trace import ModuleCall, Operation, Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A place where the port parts from upstream."""
+
+    port: str
+    """Path of the node of the port that is to blame."""
+    upstream: str
+    """Path of upstream's module that does it right."""
+    point: Point
+    """Where it shows."""
+    is_leaf: bool
+    """Whether a leaf with weights gives another result from the same inputs."""
+    port_operations: tuple[Operation, ...] = ()
+    """The frontier in the port; empty when something is missing there."""
+    upstream_operations: tuple[Operation, ...] = ()
+    """The frontier upstream; empty when something is too much in the port."""
+    region: tuple[Operation, ...] = ()
+    """All that upstream does between the values both have and the one that should have arrived."""
+    port_region: tuple[Operation, ...] = ()
+    """The same of the port, for the value that arrived."""
+    passed_on: int | None = None
+    """Where something is missing in the port: the value that it passed on unchanged."""
+    suspects: tuple[str, ...] = ()
+    """Other paths of the port that a fault could lie at, the likeliest first."""
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """Findings of one key are one fault."""
+        return self.port, self.is_leaf
+
+
+_JOINING = frozenset({"aten.add", "aten.sub", "aten.mul", "aten.div", "aten.cat"})
+
+
+class Locator:
+    """Finds the faults behind the points of a forced run.
+
+    Receives:
+        upstream: its trace.
+        port: the trace of the forced run.
+        pairing: of the leaves.
+        wrong_leaves: paths of leaves that are not paired and do not hold what the key map gives them.
+    """
+
+    def __init__(self, upstream: Trace, port: Trace, pairing: Pairing, wrong_leaves: Sequence[str] = ()) -> None:
+        self.upstream, self.port, self.pairing = upstream, port, pairing
+        self.wrong_leaves = set(wrong_leaves)
+        self._known_upstream = upstream.known()
+        self._known_here = port.known()
+        self._made_upstream = _producers(upstream)
+        self._made_here = _producers(port)
+        self._took_for: dict[int, int] = {}
+
+    def find(self, points: Sequence[Point]) -> list[Finding]:
+        """One finding for each fault, in the order of the port's forward."""
+        found: dict[tuple[str, bool], Finding] = {}
+        for point in points:
+            if point.agrees:
+                continue
+            several = [self._leaf(point)] if point.where is Where.RETURNS else self._between(point)
+            for finding in several:
+                found.setdefault(finding.key, finding)
+        return _without_echoes(list(found.values()))
+
+    def _leaf(self, point: Point) -> Finding:
+        ours = [op for op in self.port.operations if self.port.path_of(op) == point.port]
+        theirs = [op for op in self.upstream.operations if self.upstream.path_of(op) == point.upstream]
+        there, here = _first_unlike(theirs, ours)
+        return Finding(
+            port=point.port,
+            upstream=point.upstream,
+            point=point,
+            is_leaf=True,
+            upstream_operations=there,
+            port_operations=here,
+        )
+
+    def _between(self, point: Point) -> list[Finding]:
+        wrong = [(e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a]
+        if not wrong:  # the number of tensors differs
+            wrong = [(e, -1) for e in point.expected[len(point.actual) :]]
+        # What a leaf was taught is known in the port from there on, but nobody there has made it.
+        taught = {number for number in point.expected if number not in self._made_here}
+        findings: list[Finding] = []
+        for expected, actual in wrong:
+            here = _walk(self._made_here, actual, self._known_upstream | self.port.weights)
+            there = _walk(self._made_upstream, expected, (self._known_here - taught) | self.upstream.weights)
+            new = [operation for operation in here.frontier if not self._is_echo(operation)]
+            if new or not here.frontier:
+                findings += self._blame(point, actual, replace(here, frontier=new), there)
+            self._took_for.setdefault(actual, expected)
+        return findings
+
+    def _is_echo(self, operation: Operation) -> bool:
+        """Whether it does what upstream does, with a value that an earlier fault has put in the place of another."""
+        right = [self._took_for.get(number, number) for number in operation.inputs]
+        return right != list(operation.inputs) and any(
+            other.function is operation.function and sorted(other.inputs) == sorted(right)
+            for other in self.upstream.operations
+        )
+
+    def _blame(self, point: Point, actual: int, here: "Walk", there: "Walk") -> list[Finding]:
+        upstream = self.upstream.path_of(there.frontier[0]) if there.frontier else self._upstream_place(point)
+        made = Finding(
+            port="",
+            upstream=upstream,
+            point=point,
+            is_leaf=False,
+            upstream_operations=tuple(there.frontier[:8]),
+            region=tuple(there.visited[:12]),
+            port_region=tuple(here.visited[:12]),
+        )
+        findings: list[Finding] = []
+        by_path: dict[str, list[Operation]] = {}
+        for operation in here.frontier:
+            skipped = self._skipped_before(operation, there)
+            if skipped is not None:
+                findings.append(self._missing_at(made, skipped, self.port.path_of(operation)))
+            else:
+                by_path.setdefault(self._path_to_blame(operation), []).append(operation)
+        if not here.frontier:
+            findings.append(self._missing_at(made, actual, "" if point.where is Where.OUTPUT else point.port))
+        for path, operations in by_path.items():
+            related = [op for op in there.frontier if any(set(op.inputs) & set(own.inputs) for own in operations)]
+            related = related or there.frontier
+            findings.append(
+                replace(
+                    made,
+                    port=path,
+                    upstream=self.upstream.path_of(related[0]) if related else upstream,
+                    port_operations=tuple(operations[:8]),
+                    upstream_operations=tuple(related[:8]),
+                    suspects=self._suspects(operations, related),
+                )
+            )
+        return findings
+
+    def _path_to_blame(self, operation: Operation) -> str:
+        """The node that runs an operation, unless it was given the output of a leaf that holds wrong weights."""
+        for call in self.port.calls:
+            if call.path in self.wrong_leaves and set(call.outputs) & set(operation.inputs):
+                return call.path
+        return self._repeated(operation) or self.port.path_of(operation)
+
+    def _repeated(self, operation: Operation) -> str:
+        """The largest node around a leaf that runs more often than upstream's, all of which does; "" if none does."""
+        path = self.port.path_of(operation)
+        often = Counter(call.path for call in self.port.calls)
+        upstream = sum(call.path == self.pairing.get(path) for call in self.upstream.calls)
+        if path not in self.pairing or often[path] <= upstream:
+            return ""
+        call = self.port.calls[operation.call]
+        while call.parent >= 0 and often[self.port.calls[call.parent].path] > 1:
+            call = self.port.calls[call.parent]
+        return call.path
+
+    def _upstream_place(self, point: Point) -> str:
+        return "" if point.where is Where.OUTPUT else point.upstream
+
+    def _missing_at(self, made: Finding, actual: int, consumer: str) -> Finding:
+        there = list(made.upstream_operations)
+        path, suspects = self._missing(consumer, actual, there)
+        upstream = self._unpaired_module(there) or made.upstream
+        return replace(made, port=path, suspects=suspects, upstream=upstream, passed_on=actual)
+
+    def _skipped_before(self, operation: Operation, there: "Walk") -> int | None:
+        """The value that upstream changes before the very same operation; None if it does not."""
+        if not there.frontier:
+            return None
+        consumed = {number for op in there.frontier for number in op.inputs}
+        for other in there.visited:
+            if other in there.frontier or other.function is not operation.function:
+                continue
+            if self.upstream.path_of(other) == self.upstream.path_of(there.frontier[0]):
+                continue  # one module of upstream does both: it is the node itself that leaves something out
+            if other.template == operation.template and len(other.inputs) == len(operation.inputs):
+                changed = [a for a, b in zip(operation.inputs, other.inputs, strict=True) if a != b]
+                if changed and all(number in consumed for number in changed):
+                    return changed[0]
+        return None
+
+    # Something upstream does and the port does not
+
+    def _missing(self, consumer: str, actual: int, there: list[Operation]) -> tuple[str, tuple[str, ...]]:
+        """The node through which a value passes that upstream changes on the way."""
+        consumed = {number for op in there for number in op.inputs} - self.upstream.weights
+        through = [
+            call
+            for call in self.port.calls
+            if actual in call.outputs and set(call.inputs) & consumed and call.parent >= 0
+        ]
+        joined = [op for op in there if actual in op.inputs and op.name in _JOINING and len(set(op.inputs)) > 1]
+        changed = [call.path for call in through if actual not in call.inputs]
+        unchanged = [call.path for call in through if actual in call.inputs]
+        paths = [*changed, *unchanged] if joined else [*unchanged, *changed]
+        if paths:
+            return paths[0], tuple(dict.fromkeys(paths[1:]))
+        makers = [call.path for call in self.port.calls if actual in call.outputs and call.path not in self.pairing]
+        if joined and makers and makers[0]:
+            return makers[0], tuple(makers[1:])
+        # Else it is missing in the innermost node that holds both the maker of the value and whoever receives it.
+        maker = next((call.path for call in reversed(self.port.calls) if actual in call.outputs), "")
+        return (common_path(consumer, maker) if maker else consumer), ()
+
+    def _unpaired_module(self, there: list[Operation]) -> str:
+        """The largest module of upstream around the frontier none of whose leaves the port has."""
+        if not there or there[0].call < 0:
+            return ""
+        taken = set(self.pairing.values())
+        call: ModuleCall = self.upstream.calls[there[0].call]
+        best = ""
+        while True:
+            inside = [path for path in taken if path == call.path or path.startswith(f"{call.path}.") or not call.path]
+            if inside or call.parent < 0:
+                return best
+            best = call.path
+            call = self.upstream.calls[call.parent]
+
+    # Something that both do, with the same values at other places
+
+    def _suspects(self, here: list[Operation], there: list[Operation]) -> tuple[str, ...]:
+        """The makers of values that arrive at an operation in another order than upstream's."""
+        for ours in here:
+            for theirs in there:
+                if ours.inputs != theirs.inputs and sorted(ours.inputs) == sorted(theirs.inputs):
+                    moved = [a for a, b in zip(ours.inputs, theirs.inputs, strict=True) if a != b]
+                    makers = [self._maker(number) for number in moved]
+                    return tuple(dict.fromkeys([*makers, common_path(makers[0], makers[-1])]))
+        return ()
+
+    def _maker(self, number: int) -> str:
+        """The path of the leaf from which a value comes, through views."""
+        operation = self._made_here.get(number)
+        while operation is not None and len(operation.inputs) == 1:
+            path = self.port.path_of(operation)
+            if path in self.pairing:
+                return path
+            number = operation.inputs[0]
+            operation = self._made_here.get(number)
+        call = next((c for c in self.port.calls if number in c.outputs and c.path in self.pairing), None)
+        if call is not None:
+            return call.path
+        return self.port.path_of(operation) if operation is not None else ""
+
+
+def common_path(first: str, second: str) -> str:
+    """The path of the innermost node that holds two others."""
+    shared: list[str] = []
+    for a, b in zip(first.split("."), second.split("."), strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared)
+
+
+def _producers(trace: Trace) -> dict[int, Operation]:
+    """Number of a value → the first operation that made it of other ones."""
+    found: dict[int, Operation] = {}
+    for operation in trace.operations:
+        for number in operation.outputs:
+            if number is not None and number not in operation.inputs:
+                found.setdefault(number, operation)
+    return found
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The way back from a value to values that the other side knows."""
+
+    frontier: list[Operation]
+    """The operations that made unknown values out of known ones."""
+    visited: list[Operation]
+    """All operations on the way, in order."""
+
+
+def _walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
+    if start in known:
+        return Walk([], [])
+    frontier: dict[int, Operation] = {}
+    visited: dict[int, Operation] = {}
+    waiting, seen = [start], {start}
+    while waiting:
+        operation = made.get(waiting.pop())
+        if operation is None:
+            continue
+        visited[operation.index] = operation
+        unknown = [number for number in operation.inputs if number not in known]
+        if not unknown:
+            frontier[operation.index] = operation
+        for number in unknown:
+            if number not in seen:
+                seen.add(number)
+                waiting.append(number)
+    return Walk([frontier[i] for i in sorted(frontier)], [visited[i] for i in sorted(visited)])
+
+
+_Operations = tuple[Operation, ...]
+
+
+def _first_unlike(theirs: list[Operation], ours: list[Operation]) -> tuple[_Operations, _Operations]:
+    for a, b in zip(theirs, ours, strict=False):
+        if a.name != b.name or a.arguments != b.arguments or a.outputs != b.outputs:
+            return (a,), (b,)
+    return tuple(theirs[-1:]), tuple(ours[-1:])
+
+
+def _without_echoes(findings: list[Finding]) -> list[Finding]:
+    """A fault that shows at several points, one of them inside a node that is already blamed, is one fault."""
+    kept: list[Finding] = []
+    for finding in findings:
+        same = any(
+            not other.is_leaf
+            and not finding.is_leaf
+            and not finding.port_operations
+            and not other.port_operations
+            and [str(op) for op in other.upstream_operations] == [str(op) for op in finding.upstream_operations]
+            and other.upstream == finding.upstream
+            for other in kept
+        )
+        if not same:
+            kept.append(finding)
+    return kept

@@ -1,0 +1,221 @@
+"""Teacher forcing: the port's leaves are given what upstream's were given, so that no fault hides behind another.
+
+Upstream runs once, and what each of its leaves received and returned is kept. Then the port runs: where it reaches a
+paired leaf, what arrives there is compared with what upstream's leaf received and is replaced by it; what the leaf
+returns is compared and replaced as well. Every leaf is so judged by itself, and so is every way between two leaves.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _python_dispatch
+
+from refiners.parity.bits import Worst, find_worst
+from refiners.parity.fingerprint import Values
+from refiners.parity.inputs import map_tensors
+from refiners.parity.leaves import Pairing
+from refiners.parity.modules import named_modules
+from refiners.parity.trace import tensors_in
+
+Run = Callable[[], Mapping[str, Tensor]]
+
+
+class Where(StrEnum):
+    """What is compared at a point."""
+
+    RECEIVES = "receives"
+    RETURNS = "returns"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A place of the forward at which both sides were compared."""
+
+    where: Where
+    port: str
+    """Path of the leaf, or the name of the output."""
+    upstream: str
+    call: int = 0
+    """How often the leaf ran before."""
+    agrees: bool
+    expected: tuple[int, ...]
+    """Numbers of upstream's values."""
+    actual: tuple[int, ...]
+    shapes: tuple[str, str] = ("", "")
+    """Of both sides, upstream's first, where they disagree."""
+    worst: Worst | None = None
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """What identifies the point in another run."""
+        return self.where, self.port, self.call
+
+
+@dataclass
+class Call:
+    """What one call of an upstream leaf received and returned."""
+
+    received: list[Tensor]
+    returned: list[Tensor]
+
+
+def _kept(value: Any) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors_in(value)]
+
+
+@dataclass
+class Teacher:
+    """What upstream's leaves received and returned, to be taught to the port.
+
+    Receives:
+        values: gives numbers to values.
+        calls: path of a leaf → its calls in order.
+        outputs: upstream's outputs.
+    """
+
+    values: Values
+    calls: dict[str, list[Call]]
+    outputs: Mapping[str, Tensor]
+    _expected: dict[int, int] = field(default_factory=dict[int, int])
+
+    @classmethod
+    def listen(cls, upstream: nn.Module, leaves: Mapping[str, nn.Module], run: Run, values: Values) -> "Teacher":
+        """Runs upstream once."""
+        calls: dict[str, list[Call]] = {path: [] for path in leaves}
+        with ExitStack() as stack:
+            for path, leaf in leaves.items():
+
+                def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                    calls[path].append(Call(_kept((args, kwargs)), []))
+
+                def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                    calls[path][-1].returned = _kept(output)
+
+                stack.callback(leaf.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(leaf.register_forward_hook(leave).remove)
+            outputs = dict(run())
+        return cls(values, calls, {name: tensor.detach() for name, tensor in outputs.items()})
+
+    @contextmanager
+    def forcing(self, port: nn.Module, pairing: Pairing, points: list[Point]) -> Generator[None, None, None]:
+        """Inside, the leaves of the port are taught; what is seen is appended to `points`."""
+        leaves = {path: module for path, module in named_modules(port) if path in pairing}
+        with ExitStack() as stack:
+            for path, leaf in leaves.items():
+                enter, leave = self._hooks(path, pairing[path], points)
+                stack.callback(leaf.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(leaf.register_forward_hook(leave).remove)
+            yield
+
+    def _hooks(self, path: str, upstream: str, points: list[Point]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        lessons = self.calls.get(upstream, [])
+        count = 0
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > len(lessons):
+                return None
+            given, right = (args, kwargs), lessons[count - 1].received
+            # A leaf may be told by other means than upstream's, as a table of positions is by ids or by nothing at
+            # all. What it returns is compared all the same.
+            if _is_alike(given, right):
+                points.append(self._compare(Where.RECEIVES, (path, upstream, count - 1), given, right))
+            with _undispatched():
+                return _replaced(given, right)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            if count > len(lessons):
+                return None
+            point = self._compare(Where.RETURNS, (path, upstream, count - 1), output, lessons[count - 1].returned)
+            points.append(point)
+            with _undispatched():
+                return None if point.agrees else _replaced(output, lessons[count - 1].returned)
+
+        return enter, leave
+
+    def judge(self, outputs: Mapping[str, Tensor]) -> list[Point]:
+        """Compares the outputs of a forced run."""
+        return [
+            self._compare(Where.OUTPUT, (name, name, 0), outputs.get(name, ()), [tensor])
+            for name, tensor in self.outputs.items()
+        ]
+
+    def agree(self, given: Any, expected: list[Tensor]) -> bool:
+        """Whether what a leaf returns is what upstream's returned."""
+        actual = _kept(given)
+        return self._numbers(actual, expected) == self._known(expected)
+
+    def _compare(self, where: Where, place: tuple[str, str, int], given: Any, expected: list[Tensor]) -> Point:
+        with torch.no_grad(), _undispatched():
+            actual = [tensor.detach() for tensor in tensors_in(given)]
+            numbers, right = self._numbers(actual, expected), self._known(expected)
+            agrees = numbers == right
+            path, upstream, call = place
+            return Point(
+                where=where,
+                port=path,
+                upstream=upstream,
+                call=call,
+                agrees=agrees,
+                expected=right,
+                actual=tuple(self.values.number_of(tensor) for tensor in actual),
+                shapes=("", "") if agrees else (_shapes(expected), _shapes(actual)),
+                worst=None if agrees else _worst(path, expected, actual),
+            )
+
+    def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
+        """Numbers of the port's tensors in upstream's shapes: leaves may flatten the axes they do not look at."""
+        shaped = [
+            tensor.reshape(other.shape) if tensor.numel() == other.numel() else tensor
+            for tensor, other in zip(actual, expected, strict=False)
+        ]
+        return tuple(self.values.number_of(tensor) for tensor in (*shaped, *actual[len(shaped) :]))
+
+    def _known(self, expected: list[Tensor]) -> tuple[int, ...]:
+        """Upstream's tensors are kept, so that an id stands for one of them."""
+        for tensor in expected:
+            if id(tensor) not in self._expected:
+                self._expected[id(tensor)] = self.values.number_of(tensor)
+        return tuple(self._expected[id(tensor)] for tensor in expected)
+
+
+def _undispatched() -> Any:
+    """A tracer that is entered sees nothing of what is computed for a comparison."""
+    return cast(Any, _python_dispatch)._disable_current_modes()
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "nothing"
+
+
+def _worst(name: str, expected: list[Tensor], actual: list[Tensor]) -> Worst | None:
+    for ours, theirs in zip(expected, actual, strict=False):
+        if ours.shape == theirs.shape and ours.dtype == theirs.dtype:
+            worst = find_worst(name, ours, theirs)
+            if worst is not None:
+                return worst
+    return None
+
+
+def _is_alike(given: Any, right: list[Tensor]) -> bool:
+    actual = list(tensors_in(given))
+    return len(actual) == len(right) and all(
+        t.numel() == r.numel() and t.is_floating_point() == r.is_floating_point()
+        for t, r in zip(actual, right, strict=True)
+    )
+
+
+def _replaced(given: Any, right: list[Tensor]) -> Any:
+    """The same nesting with upstream's tensors; None, which hooks take for no change, where they do not fit."""
+    if not _is_alike(given, right):
+        return None
+    actual = list(tensors_in(given))
+    waiting = iter([r.clone().reshape(t.shape) for t, r in zip(actual, right, strict=True)])
+    return map_tensors(given, lambda _: next(waiting))

@@ -1,0 +1,105 @@
+"""What is recorded of a forward, and that nothing but fingerprints is kept."""
+
+import gc
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import refiners.fluxion.layers as fl
+from refiners.parity.fingerprint import Values
+from refiners.parity.trace import Trace, record
+from tests.refiners.parity.toys import Upstream
+
+
+def traced(model: nn.Module, *, read_views: bool = False) -> Trace:
+    with torch.no_grad():
+        return record(model, lambda: {"y": model(torch.ones(3, 8))}, Values(), read_views=read_views)[0]
+
+
+def test_each_operation_has_the_module_that_ran_it() -> None:
+    trace = traced(Upstream())
+    found = {operation.name: trace.path_of(operation) for operation in trace.operations}
+    assert found["aten.gelu"] == ""
+    assert found["aten.native_layer_norm"] == "norm_2"
+
+
+def test_the_source_is_the_line_of_the_model_not_of_torch() -> None:
+    operation = next(op for op in traced(Upstream()).operations if op.name == "aten.gelu")
+    assert operation.source is not None
+    assert operation.source.file.endswith("toys.py")
+    assert "F.gelu" in operation.source.code
+
+
+def test_the_source_of_a_leaf_in_a_chain_is_its_forward() -> None:
+    operation = next(op for op in traced(fl.Chain(fl.LayerNorm(8))).operations if "norm" in op.name)
+    assert operation.source is not None
+    assert operation.source.file.endswith("normalization.py")
+
+
+def test_values_that_flow_from_one_operation_to_another_have_one_number() -> None:
+    trace = traced(fl.Chain(fl.Linear(8, 8), fl.ReLU(), fl.Sigmoid()))
+    relu, sigmoid = (next(op for op in trace.operations if op.name == name) for name in ("aten.relu", "aten.sigmoid"))
+    assert relu.outputs == sigmoid.inputs
+    assert trace.outputs["y"] == sigmoid.outputs[0]
+
+
+def test_writing_in_place_gives_another_number() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            before = y.sum()
+            y.add_(1)
+            return y.sum() + before
+
+    with torch.enable_grad():
+        trace = record(InPlace(), lambda: {"y": InPlace()(torch.ones(3))}, Values())[0]
+    sums = [op for op in trace.operations if op.name == "aten.sum"]
+    assert sums[0].inputs != sums[1].inputs
+
+
+def test_views_of_views_are_one_operation() -> None:
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x.view(3, 2, 4).transpose(0, 1))
+
+    relu = next(op for op in traced(Heads()).operations if op.name == "aten.relu")
+    view = next(op for op in traced(Heads()).operations if op.outputs == relu.inputs)
+    assert view.name == "aten.view → transpose"
+
+
+def test_the_outputs_are_those_of_an_untraced_run() -> None:
+    model = Upstream()
+    x = torch.randn(3, 8)
+    _, outputs = record(model, lambda: {"y": model(x)}, Values())
+    assert torch.equal(outputs["y"], model(x))
+
+
+def test_no_activation_is_kept() -> None:
+    class Forgets(nn.Module):
+        seen: weakref.ref[Tensor]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            Forgets.seen = weakref.ref(y)
+            return y.sum()
+
+    kept = traced(Forgets())
+    gc.collect()
+    assert Forgets.seen() is None
+    assert kept.operations
+
+
+def test_no_hook_stays_on_the_model() -> None:
+    model = Upstream()
+    traced(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_operations_below_float64_are_listed() -> None:
+    class Island(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x.double().float(), -1).double()
+
+    assert any("softmax" in operation.name for operation in traced(Island()).outside_float64())
