@@ -24,7 +24,9 @@ Clock = Callable[[], float]
 
 CONFIDENCE = 0.99
 # An interval that is looked at several times errs more often than one that is looked at once.
-LOOKS = 6
+LOOKS = 8
+# An undecided figure is worth more time than one that is clear.
+PATIENCE = 3
 # With fewer draws, an interval of a median says nothing about its tails.
 FEWEST_DRAWS = 16
 
@@ -158,21 +160,25 @@ def measure(
         limit: What the figure may be at most. None: the figure is told, and judged by nobody.
         unit: The unit of the figure; "×" for a ratio.
         precision: The half-width, as a share of the median, at which the interval is narrow enough.
-        budget: Seconds after which no further draw is made.
+        budget: Seconds after which no further draw is made; three times as many while the figure is undecided.
         fewest: The number of draws that are made in any case. The interval is looked at then, and each time the
             number has doubled: a look after every draw would stop at the first lucky one.
         clock: What tells the time; tests bring their own.
     """
     samples: list[float] = []
-    end = clock() + budget
     look = fewest
+    deadlines = [clock() + budget, clock() + PATIENCE * budget]
     while True:
         samples.append(draw())
-        is_spent = len(samples) >= fewest and clock() >= end
-        if len(samples) < look and not is_spent:
+        is_late = len(samples) >= fewest and clock() >= deadlines[0]
+        if len(samples) < look and not is_late:
             continue
         look = 2 * len(samples)
         figure = Figure(interval=bootstrap(samples), limit=limit, samples=tuple(samples), unit=unit)
-        is_clear = figure.interval.half_width <= precision and figure.verdict is not Verdict.UNDECIDED
-        if is_clear or is_spent:
+        is_decided = figure.verdict is not Verdict.UNDECIDED
+        if is_decided and (is_late or figure.interval.half_width <= precision):
+            return figure
+        if is_late:
+            deadlines.pop(0)
+        if not deadlines:
             return figure
