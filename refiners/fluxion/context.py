@@ -263,6 +263,10 @@ class ContextScope:
         if outer is not None and outer.root is root:
             self._stores |= {provider: provider.snapshot(store) for provider, store in outer._stores.items()}
 
+    def hold(self, values: dict[ContextProvider, Contexts]) -> None:
+        """Give providers other values inside of this scope."""
+        self._stores |= {provider: _Store(contexts) for provider, contexts in values.items()}
+
     def store_of(self, provider: ContextProvider, create: bool = False) -> _Store | None:
         store = self._stores.get(provider)
         if store is not None:
@@ -275,10 +279,27 @@ class ContextScope:
         return store
 
 
+def running_frames() -> dict[ContextProvider, Contexts]:
+    """The values of the calls that the current thread is in."""
+    return _running.frames
+
+
 @contextmanager
-def open_scope(chain: ContextOwner) -> Generator[None]:
-    """Give the current thread or asyncio task its own context values for the tree that holds `chain`."""
+def open_scope(
+    chain: ContextOwner,
+    held: dict[ContextProvider, Contexts] | None = None,
+    frames: dict[ContextProvider, Contexts] | None = None,
+) -> Generator[None]:
+    """Give the current thread or asyncio task its own context values for the tree that holds `chain`.
+
+    Args:
+        chain: Any Chain of the tree.
+        held: The values that some providers have in the scope at first.
+        frames: The calls that the thread seems to be in meanwhile, and their values; those it is in unless given.
+    """
     scope = ContextScope(root_of(chain), _scope.get())
+    scope.hold(held or {})
+    running = _running.frames
     in_task = _in_asyncio_task()
     token = _scope.set(scope)
     mirrored = _running.scope
@@ -287,8 +308,11 @@ def open_scope(chain: ContextOwner) -> Generator[None]:
     else:
         _running.scope = scope
     try:
+        if frames is not None:
+            _running.frames = frames
         yield
     finally:
+        _running.frames = running
         _scope.reset(token)
         if in_task:
             _running.task_scopes -= 1

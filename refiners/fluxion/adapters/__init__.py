@@ -1,6 +1,7 @@
 """Adapters that suit any tree."""
 
 from refiners.fluxion.adapters.adapter import Adapter, lookup_top_adapter
+from refiners.fluxion.adapters.checkpointing import CheckpointAdapter, CheckpointSet, inject_checkpoints
 from refiners.fluxion.adapters.lora import (
     Conv2dLora,
     LinearLora,
@@ -19,6 +20,8 @@ from refiners.fluxion.adapters.weights import (
 
 __all__ = [
     "Adapter",
+    "CheckpointAdapter",
+    "CheckpointSet",
     "Conv2dLora",
     "LinearLora",
     "Lora",
@@ -27,6 +30,7 @@ __all__ = [
     "adapter_state_dict",
     "auto_attach_loras",
     "base_state_dict",
+    "inject_checkpoints",
     "inject_loras",
     "load_adapter_state_dict",
     "load_base_state_dict",

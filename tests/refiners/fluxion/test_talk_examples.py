@@ -71,7 +71,8 @@ def test_an_example_prints_what_it_says(
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTED)
+    of_the_pipelines = {"tiny_stable_diffusion"}  # run by docs/stable_diffusion.md and the tests of pipelines
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTED) | of_the_pipelines
 
 
 def softmax(x: Tensor) -> Tensor:

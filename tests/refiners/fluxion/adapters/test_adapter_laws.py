@@ -15,7 +15,7 @@ from torch import nn
 
 import refiners.fluxion.layers as fl
 from refiners.errors import AdapterError
-from refiners.fluxion.adapters import LinearLora, LoraAdapter, base_state_dict, inject_loras
+from refiners.fluxion.adapters import CheckpointAdapter, LinearLora, LoraAdapter, base_state_dict, inject_loras
 from refiners.fluxion.selectors import select
 
 DIM = 3
@@ -132,7 +132,7 @@ class Sequence:
             assert state(self.model) == self.state
 
     def inject(self) -> None:
-        kind: Callable[[nn.Module], Any] = self.rng.choice([Around, Deep, Instead, lora_adapter])
+        kind: Callable[[nn.Module], Any] = self.rng.choice([Around, Deep, Instead, lora_adapter, CheckpointAdapter])
         choice = self.rng.random()
         if choice < 0.15:
             adapter = kind(self.model).inject() if kind is not lora_adapter else Around(self.model).inject()
