@@ -1,4 +1,4 @@
-"""The command line: `refiners tree`, `refiners convert`, `refiners parity`.
+"""The command line: `refiners tree`, `refiners ports`, `refiners convert`, `refiners parity`.
 
 Each command imports what it needs when it runs, so that `refiners --help` answers without waiting for torch. What a
 user can cause is a typed error of refiners.errors, printed as one message: exit code 1, no traceback. A wrong option or
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import refiners
-from refiners.errors import FileFormatError, RefinersError
+from refiners.errors import RefinersError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -27,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-PortName = Annotated[str, typer.Argument(metavar="PORT", help="Name of a port, such as [cyan]clip-text-l[/].")]
 
 
 def main() -> None:
@@ -69,6 +67,8 @@ def refiners_command(
 
         [cyan]refiners tree clip-text-l[/]
         [cyan]refiners convert clip-text-l published.safetensors ours.safetensors[/]
+        [cyan]refiners convert sd15 stable-diffusion-v1-5/ out/[/]
+        [cyan]refiners generate --model sd15/ --prompt "a photo of a cat" -o cat.png[/]
         [cyan]refiners parity list[/]
         [cyan]refiners parity run clip[/]
     """
@@ -126,36 +126,140 @@ def _build_on_meta(port: "Port") -> "Module":
         return port.build()
 
 
+@app.command("ports")
+def list_ports() -> None:
+    """List what can be converted: models of several parts, and single ports.
+
+    [cyan]refiners ports[/]
+    """
+    from refiners.conversion.commands import list_all
+    from refiners.ports import find_bundles, find_ports
+
+    list_all(find_ports(), find_bundles())
+
+
 @app.command()
 def convert(
-    port: PortName,
-    source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Published weights: a safetensors file, or the index of a sharded one.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] IN OUT",
+            help="KIND: a model or a port of [cyan]refiners ports[/]. IN: a folder or a file as published. "
+            "OUT: what is written.",
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Where the port's weights are written (safetensors).")],
     config: Annotated[
         Path | None,
-        typer.Option(help="The published config.json, when it is not the configuration that the port is named after."),
+        typer.Option(
+            help="The published configuration, when IN holds none and its sizes are unusual: a config.json "
+            "for a port, a folder with unet/config.json and so on for a model."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with the tokenizer's files, for a single file, which holds none.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which of several sets of weights in a folder to take, such as fp16.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights in OUT: float32, float16, bfloat16. As in IN by default.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a converted model again and compare it with its digests.")
+    ] = False,
 ) -> None:
-    """Turn a published checkpoint into the weights of a port.
+    """Turn a published checkpoint into the weights of a port, or of all ports of a model.
 
-    Every tensor of IN is used once and every weight of the port filled once;
-    otherwise nothing is written, and one error lists all that is missing,
-    unexpected or of another shape. OUT appears whole or not at all.
+    A model is a folder in the layout of diffusers or a single file; what it is is
+    recognised, or said. A port is one safetensors file. Every tensor of IN is used
+    once and every weight of the port filled once; otherwise nothing is written, and
+    one error lists all that is missing, unexpected or of another shape. OUT appears
+    whole or not at all; a conversion that was interrupted goes on where it was.
 
+        [cyan]refiners convert sd15 stable-diffusion-v1-5/ out/[/]
+        [cyan]refiners convert sd_xl_base_1.0.safetensors out/ --tokenizer clip/[/]
+        [cyan]refiners convert --verify out/[/]
         [cyan]refiners convert clip-text-l model.safetensors clip.safetensors[/]
         [cyan]refiners convert bert-base model.safetensors bert.safetensors --config config.json[/]
     """
-    from refiners.conversion import convert_file
-    from refiners.ports import find_port
+    from refiners.conversion import commands
+    from refiners.conversion.port import Port
+    from refiners.ports import find_bundles, find_convertible
 
-    found = find_port(port)
-    if target.is_file() and not force:
-        raise FileFormatError(f"{target} exists. Nothing was written. Choose another path, or replace it with --force.")
-    count = convert_file(found, source, target, config=config, overwrite=force)
-    typer.echo(f"{target}: {count} tensors of {port}, from {source}.")
+    if len(names) not in ((1,) if verify else (2, 3)):
+        usage = "--verify DIR" if verify else "[KIND] IN OUT"
+        raise typer.BadParameter(f"expected {usage}, got {len(names)} names: {' '.join(names)}")
+    if verify:
+        commands.verify(Path(names[0]))
+        return
+    source, target = map(Path, names[-2:])
+    found = find_convertible(names[0]) if len(names) == 3 else None
+    options = commands.Options(config=config, tokenizer=tokenizer, variant=variant, dtype=dtype, force=force)
+    if isinstance(found, Port):
+        commands.convert_port(found, source, target, options)
+    else:
+        commands.convert_bundle(find_bundles(), None if found is None else found.name, source, target, options)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="A model: as diffusers publishes it, or converted.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the picture shall show.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes: .png, .jpg or .webp.")],
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What it shall not show.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to begin with.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White where the picture shall be made anew: inpainting.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of the picture to change, 0 to 1: 0.8 unless given, 1 for inpainting."),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as ddim, euler or dpm++2m. The model's own by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="More take longer and err less.")] = 30,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed, the same picture. Drawn and told by default.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 or less: no guidance.")] = 7.5,
+    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8. The model's own by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8. The model's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, …")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Make a picture of a text, with a Stable Diffusion model on disk.
+
+    What the model is (1, 2, XL, refiner, for inpainting, for editing) is recognised. With
+    [cyan]--image[/] it begins with a picture; with [cyan]--mask[/] as well, it makes a part of it anew.
+
+        [cyan]refiners generate --model sd15/ --prompt "a photo of a cat" -o cat.png[/]
+        [cyan]refiners generate --model sd15/ --prompt "a dog" --image cat.png --strength 0.6 -o dog.png[/]
+        [cyan]refiners generate --model sdxl/ --prompt "a cat" --solver euler-a --seed 1 -o cat.png[/]
+    """
+    from refiners.ports import find_command
+
+    told = find_command("generate")(
+        model=model,
+        prompt=prompt,
+        output=output,
+        negative_prompt=negative_prompt,
+        image=image,
+        mask=mask,
+        strength=strength,
+        solver=solver,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        height=height,
+        width=width,
+        dtype=dtype,
+        device=device,
+        overwrite=force,
+    )
+    typer.echo(told)
 
 
 parity = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -212,7 +316,21 @@ def run_cases(
     cases: Cases = CASES_OF_THIS_REPOSITORY,
     device: Device = "cpu",
     lanes: Lanes = "",
+    html: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a page to look at: DIR/index.html.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML: a testcase for each case and lane.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write a short summary as markdown. In a GitHub job it is appended by itself.")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="2/5", help="Run this share of the cases; all take about as long.")
+    ] = "",
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what changed since it passed: port, case, engine, upstream.")
+    ] = False,
+    explain: Annotated[
+        bool | None, typer.Option(help="Find out why cases differ. By default if there is a page, or few differ.")
+    ] = None,
     ledger: Annotated[
         Path | None,
         typer.Option(help="Explains what is not bitwise. By default ledger.toml in the first folder of MODULES."),
@@ -221,19 +339,34 @@ def run_cases(
     """Run cases and print their verdicts while they run. Exit code 1 if one may not stand.
 
     A verdict may stand when it is [green]BITWISE[/], or when the ledger explains it.
+    Ctrl-C ends the run; what was measured is reported and written.
 
     [cyan]refiners parity run[/]                           all cases, all dtypes
     [cyan]refiners parity run clip --lanes float32[/]      the quick look
+    [cyan]refiners parity run --html out/[/]               a page: trees, errors, why
     [cyan]refiners parity run --device cuda --json out.json[/]
     """
     from refiners.parity import commands
 
-    beside = Path(cases.partition(",")[0].partition(".")[0]) / "ledger.toml"
-    ledger = ledger or (beside if beside.is_file() else None)
     code = commands.run_cases(
-        cases, keyword=only or keyword, lanes=lanes, device=device, json_path=json, ledger_path=ledger
+        cases,
+        keyword=only or keyword,
+        lanes=lanes,
+        device=device,
+        outputs=commands.Outputs(json=json, junit=junit, html=html, summary=summary),
+        ledger_path=ledger or _beside(cases, "ledger.toml"),
+        baseline_path=_beside(cases, "parity.json"),
+        shard=shard,
+        changed=changed,
+        explain=explain,
     )
     raise typer.Exit(code)
+
+
+def _beside(cases: str, name: str) -> Path | None:
+    """A file in the first folder of the modules that hold cases."""
+    path = Path(cases.partition(",")[0].partition(".")[0]) / name
+    return path if path.is_file() else None
 
 
 @parity.command("show")
@@ -244,18 +377,23 @@ def show_case(
     cases: Cases = CASES_OF_THIS_REPOSITORY,
     device: Device = "cpu",
     lanes: Lanes = "",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For finding out why it differs, where it does; 0 leaves that out.")
+    ] = 60.0,
 ) -> None:
     """Run one case and print all that is known about it.
 
     What was compared, the element that differs most, and how far both sides are from
-    the float64 truth.
+    the float64 truth; where it differs, also the node that does, and why.
 
     [cyan]refiners parity show bert/tiny[/]
     [cyan]refiners parity show bert/tiny --lanes float32[/]
     """
     from refiners.parity import commands
 
-    raise typer.Exit(commands.show_case(case, cases, lanes=lanes, device=device))
+    ledger = _beside(cases, "ledger.toml")
+    code = commands.show_case(case, cases, lanes=lanes, device=device, seconds=seconds, ledger_path=ledger)
+    raise typer.Exit(code)
 
 
 @parity.command("new")
@@ -331,6 +469,50 @@ def mutants(
     raise typer.Exit(code)
 
 
+@parity.command("drift")
+def drift(
+    only: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]",
+            help="Only the cases whose id contains this text. A version, as transformers==5.17.0, has to be installed.",
+        ),
+    ] = None,
+    cases: Cases = CASES_OF_THIS_REPOSITORY,
+    lanes: Lanes = "",
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="What may not be bitwise. By default ledger.toml in the first folder of MODULES."),
+    ] = None,
+    summaries: Annotated[
+        Path | None,
+        typer.Option(help="What upstream computed. By default upstream.json in the first folder of MODULES."),
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the summaries under the installed versions.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
+) -> None:
+    """Run the cases under the installed versions of upstream, and say which side has changed.
+
+    What upstream computed at the pinned versions is kept as a few numbers a case. Where a
+    port is not equal any more, they tell whether upstream has moved, or the port.
+
+    [cyan]refiners parity drift bert --lanes float64,float32[/]
+    """
+    from refiners.parity.drift_report import require_versions, run_drift, write_summaries
+
+    folder = Path(cases.partition(",")[0].partition(".")[0])
+    path = summaries or folder / "upstream.json"
+    if write:
+        raise typer.Exit(write_summaries(path, cases))
+    beside = folder / "ledger.toml"
+    ledger = ledger or (beside if beside.is_file() else None)
+    texts = [text for text in only or () if "==" not in text]
+    require_versions([text for text in only or () if "==" in text])
+    if len(texts) > 1:
+        raise typer.BadParameter(f"one text at most, got {', '.join(texts)}")
+    raise typer.Exit(run_drift(path, cases, keyword="".join(texts), lanes=lanes, ledger_path=ledger, json_path=json))
+
+
 @parity.command("explain")
 def explain_case(
     case: Annotated[
@@ -340,6 +522,9 @@ def explain_case(
     device: Device = "cpu",
     lanes: Lanes = "",
     seconds: Annotated[float, typer.Option(help="When to stop trying what would make both sides equal.")] = 60.0,
+    leaf: Annotated[
+        str, typer.Option(metavar="PATH", help="Feed this leaf of the port upstream's inputs and show both outputs.")
+    ] = "",
 ) -> None:
     """Find out where a port differs from its upstream, and why.
 
@@ -347,10 +532,11 @@ def explain_case(
     operation and the line of both sides, and what would make them equal.
 
     [cyan]refiners parity explain bert/tiny --lanes float32[/]
+    [cyan]refiners parity explain bert/tiny --lanes float32 --leaf Embeddings.LayerNorm[/]
     """
     from refiners.parity import commands
 
-    raise typer.Exit(commands.explain_case(case, cases, lanes=lanes, device=device, seconds=seconds))
+    raise typer.Exit(commands.explain_case(case, cases, lanes=lanes, device=device, seconds=seconds, leaf=leaf))
 
 
 @parity.command("cells")

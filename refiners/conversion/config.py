@@ -118,6 +118,14 @@ class ConfigReader:
         allowed = f"one of {', '.join(map(repr, choices))}"
         return choices[self._get(name, default, fallback, lambda v: type(v) is str and v in choices, allowed)]
 
+    def value(
+        self, name: str, fits: Callable[[Any], bool], expected: str, default: Any = _REQUIRED, fallback: Any = None
+    ) -> Any:
+        """Anything for which `fits` is true; `expected` says in words what that is. `fallback` stands in for what does
+        not fit, until the block ends.
+        """
+        return self._get(name, default, fallback, fits, expected)
+
     def section(
         self, name: str, *, only: Mapping[str, Any] | None = None, neutral: Mapping[str, str] | None = None
     ) -> "ConfigReader":
@@ -222,5 +230,8 @@ TRANSFORMERS_ONLY: Mapping[str, Any] = {
 }
 """Attributes of any transformers config.json that change the model, with the value of a plain encoder."""
 
-DIFFUSERS_NEUTRAL: Mapping[str, str] = _each("_class_name _diffusers_version _name_or_path", _FILE)
+DIFFUSERS_NEUTRAL: Mapping[str, str] = {
+    **_each("_class_name _diffusers_version _name_or_path", _FILE),
+    **_each("_use_default_values", "says which attributes were left at their defaults"),
+}
 """Attributes that diffusers writes into any config.json, with the reason why a port may skip them."""

@@ -1,24 +1,23 @@
 """Files of published weights: one safetensors file, or several shards with an index, read without copying.
 
-Tensors are mapped into memory: nothing is read before it is used. A file is written beside its path and renamed at the
-end, so that whoever looks sees all of it or none.
+`read_state_dict` maps all tensors into memory: nothing is read before it is used. `WeightFiles` reads them one by one
+and maps nothing, so that what has been used takes no memory. A file is written beside its path and renamed at the end,
+so that whoever looks sees all of it or none.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from refiners.conversion.header import Header
+from refiners.conversion.lazy import LazyWeights
 from refiners.errors import FileFormatError
 from refiners.fluxion.utils import load_from_safetensors, save_to_safetensors
-
-_INDEX = ".safetensors.index.json"
 
 
 class _ExistsError(FileFormatError, FileExistsError):
@@ -29,8 +28,22 @@ class _NoFolderError(FileFormatError, FileNotFoundError):
     """A path in a folder that is not there."""
 
 
-class WeightFiles(Mapping[str, Tensor]):
-    """The tensors of a published model, read one by one when they are asked for.
+class StoredWeights(LazyWeights):
+    """Tensors in files, read one by one when they are asked for."""
+
+    path: Path
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} tensors)"
+
+
+class WeightFiles(StoredWeights):
+    """The tensors of a published model in safetensors files, each copied out of its file when it is asked for.
 
     Receives:
         path: a safetensors file, an index of shards (`*.safetensors.index.json`), or a folder that holds one of them.
@@ -43,11 +56,11 @@ class WeightFiles(Mapping[str, Tensor]):
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._headers: dict[Path, Header] = {}
         self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._metadata: dict[str, str] = {}
+        self._meta: dict[str, Tensor] = {}
         found = _find(self.path)
-        if not found.name.endswith(_INDEX):
+        if not is_index(found):
             self._read_header(found)
             return
         index = _read_index(found)
@@ -56,53 +69,36 @@ class WeightFiles(Mapping[str, Tensor]):
         _check_index(found, index, {key: file.name for key, file in self._file_of.items()})
 
     def _read_header(self, file: Path) -> None:
-        if not file.is_file():
-            load_from_safetensors(file)  # raises: it says what is wrong with the path
-        try:
-            with _open(file) as opened:
-                self._metadata |= opened.metadata() or {}
-                for key in opened.keys():  # noqa: SIM118 (no mapping, in spite of its keys)
-                    if key in self._file_of:
-                        raise FileFormatError(
-                            f"{self.path}: {key} is in {self._file_of[key].name} and in {file.name}. Download it again."
-                        )
-                    self._file_of[key] = file
-                    self._shapes[key] = torch.Size(opened.get_slice(key).get_shape())
-        except SafetensorError:
-            load_from_safetensors(file)  # raises: it says what the file is instead
-            raise
+        header = read_header(file)
+        self._headers[file] = header
+        self._meta |= header.meta()
+        for key in header.places:
+            if key in self._file_of:
+                raise FileFormatError(
+                    f"{self.path}: {key} is in {self._file_of[key].name} and in {file.name}. Download it again."
+                )
+            self._file_of[key] = file
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold the tensors."""
-        return tuple(dict.fromkeys(self._file_of.values()))
-
-    @property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of every tensor, known from the headers."""
-        return MappingProxyType(self._shapes)
+        return tuple(self._headers)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the files say about themselves."""
-        return MappingProxyType(self._metadata)
+        return {name: text for header in self._headers.values() for name, text in header.metadata.items()}
+
+    def meta(self) -> dict[str, Tensor]:
+        return self._meta
 
     def __getitem__(self, key: str) -> Tensor:
-        with _open(self._file_of[key]) as opened:
-            return opened.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def __repr__(self) -> str:
-        return f"WeightFiles({str(self.path)!r}, {len(self)} tensors)"
+        file = self._file_of[key]
+        with file.open("rb") as opened:
+            return self._headers[file].read_tensor(opened, key)
 
 
 def open_state_dict(path: Path | str) -> WeightFiles:
-    """The tensors of a published model, mapped into memory one by one when they are asked for. See `WeightFiles`."""
+    """The tensors of a published model, read one by one when they are asked for. See `WeightFiles`."""
     return WeightFiles(path)
 
 
@@ -160,22 +156,41 @@ def check_writable(path: Path | str, overwrite: bool = False) -> None:
         raise _NoFolderError(f"{path} cannot be written: the folder {target.parent} does not exist. Create it first.")
 
 
-def _open(file: Path) -> AbstractContextManager[Any]:
-    return safe_open(file, framework="pt")
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file; what is no such file is told apart.
+
+    Raises:
+        FileFormatError: the file is truncated, corrupted or of another format.
+        FileNotFoundError: there is no such file.
+    """
+    if not file.is_file():
+        load_from_safetensors(file)  # raises: it says what is wrong with the path
+    try:
+        return Header.read(file)
+    except FileFormatError as error:
+        if "expected" not in str(error):
+            load_from_safetensors(file)  # raises: it says what the file is instead
+        raise
+
+
+def is_index(file: Path) -> bool:
+    """Whether this is the name of an index of shards, that of a variant (`.index.fp16.json`) included."""
+    return file.suffix == ".json" and (".index." in file.name)
 
 
 def _find(path: Path) -> Path:
     """The file that a path means: itself, or the only model of a folder."""
     if not path.is_dir():
         return path
-    indexes = sorted(path.glob(f"*{_INDEX}"))
+    indexes = [file for file in sorted(path.glob("*.safetensors*.json")) if is_index(file)]
     shards = {shard for index in indexes for shard in _read_index(index).values()}
     models = indexes + [file for file in sorted(path.glob("*.safetensors")) if file.name not in shards]
     if len(models) == 1:
         return models[0]
     if not models:
         raise FileFormatError(
-            f"{path} holds no safetensors file and no {_INDEX[1:]}. Give the folder that holds one model's weights."
+            f"{path} holds no safetensors file and no safetensors.index.json. Give the folder that holds one model's "
+            "weights."
         )
     names = ", ".join(model.name for model in models)
     raise FileFormatError(f"{path} holds several models: {names}. Give the path of one of them.")

@@ -137,8 +137,28 @@ class KeyMap:
         Raises:
             ConversionError: as `convert`.
         """
-        plan, _ = self._convert(Entries.read(upstream).on_meta(), Entries.read(port).on_meta())
-        plan.problems.raise_if_any(f"{self.name} cannot be converted", _ADVICE)
+        self.plan(upstream, port)
+
+    def plan(self, upstream: Weights, port: Weights) -> Plan:
+        """What goes where, checked as `check_shapes` does: what a conversion tensor by tensor follows.
+
+        Raises:
+            ConversionError: as `convert`.
+        """
+        given, wanted = Entries.read(upstream).on_meta(), Entries.read(port).on_meta()
+        plan, _ = self._convert(given, wanted)
+        converted = given.tensors.keys() == wanted.tensors.keys()
+        plan.problems.raise_if_any(f"{self.name} cannot be converted", _ALREADY if converted else _ADVICE)
+        return plan
+
+    def covers(self, upstream: Collection[str]) -> bool:
+        """Whether each of these upstream keys has a line or a reason to be ignored: whether they are of this layout.
+
+        Example:
+            >>> KeyMap({"fc": "Linear"}).covers(["fc.weight"]), KeyMap({"fc": "Linear"}).covers(["conv.weight"])
+            (True, False)
+        """
+        return all(self._table.upstream.find(self._table.canonical(key)) for key in upstream)
 
     def pairs(self, upstream: Weights | Collection[str], port: Weights) -> list[Pairing]:
         """Which upstream tensors hold the numbers of which port tensors, with the rule between them.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from refiners.conversion.key_map import KeyMap
+from refiners.conversion.lazy import ConvertedWeights, LazyWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Port:
         from_config: builds the tree of another configuration of the family from a published config.json. Refuses
             attributes that the port does not handle.
         summary: one line for lists.
+        layouts: key maps to the published keys from those of other layouts in which the same weights are published.
 
     Example:
         >>> port = Port(
@@ -41,3 +43,22 @@ class Port:
     key_map: KeyMap
     from_config: Callable[[Mapping[str, Any]], nn.Module]
     summary: str
+    layouts: tuple[KeyMap, ...] = ()
+
+    def weights(self, stored: LazyWeights, model: nn.Module) -> ConvertedWeights:
+        """The weights of the tree, made of published ones in any of the layouts when they are asked for.
+
+        Receives:
+            stored: the published weights.
+            model: the tree, which may be on the meta device.
+
+        Raises:
+            ConversionError: they do not fit. Lists all that does not.
+        """
+        if self.key_map.covers(stored):
+            return ConvertedWeights(stored, self.key_map, model)
+        for layout in self.layouts:
+            if layout.covers(stored):
+                published = self.key_map.invert(model.state_dict())
+                return ConvertedWeights(ConvertedWeights(stored, layout, published), self.key_map, model)
+        return ConvertedWeights(stored, self.key_map, model)

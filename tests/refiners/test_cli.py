@@ -78,7 +78,9 @@ def helped(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, [*arguments, "--help"])
 
 
-@pytest.mark.parametrize("command", [(), ("tree",), ("convert",), ("parity",), ("parity", "run"), ("parity", "show")])
+@pytest.mark.parametrize(
+    "command", [(), ("tree",), ("convert",), ("generate",), ("parity",), ("parity", "run"), ("parity", "show")]
+)
 def test_help_teaches_with_examples(command: tuple[str, ...]) -> None:
     result = helped(*command)
     assert result.exit_code == 0

@@ -39,6 +39,16 @@ def test_ports_of_all_packages_are_found_by_name(installed: list[str]) -> None:
     assert ports.find_port("clip-text-l") is TEXT
 
 
+def test_bundles_are_found_in_a_group_of_their_own(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed.append("third_party:mapping")
+    assert list(ports.find_bundles()) == ["clip-text-l", "clip-image-h"]
+    groups: list[str] = []
+    monkeypatch.setattr(ports, "entry_points", lambda group: groups.append(group) or [])
+    ports.find_bundles()
+    ports.find_ports()
+    assert groups == ["refiners.bundles", "refiners.ports"]
+
+
 def test_an_unknown_name_is_answered_with_the_nearest_ones(installed: list[str]) -> None:
     installed.append("third_party:mapping")
     with pytest.raises(ConversionError, match=r'"clip-txt-l". Did you mean clip-text-l.*The ports are: clip-text-l, '):
@@ -90,3 +100,15 @@ def test_this_project_declares_its_reference_ports() -> None:
     found = ports.find_ports()
     assert found
     assert all(port.summary for port in found.values())
+
+
+def test_commands_that_need_models_are_found_by_name(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["third_party"], "mapping", {"generate": as_a_function})
+    installed.append("third_party:mapping")
+    assert ports.find_command("generate") is as_a_function
+
+
+def test_a_command_without_its_package_is_answered_with_what_to_install(installed: list[str]) -> None:
+    assert installed == []
+    with pytest.raises(ConversionError, match='"refiners generate" needs models.*pip install'):
+        ports.find_command("generate")

@@ -40,7 +40,7 @@ def published(folder: Path, width: int = 3) -> tuple[Path, Path]:
 
 def test_a_published_file_becomes_the_weights_of_the_port(tmp_path: Path) -> None:
     source, target = published(tmp_path)
-    assert convert_file(PORT, source, target) == 2
+    assert convert_file(PORT, source, target).tensors == 2
     given, made = read_state_dict(source), read_state_dict(target)
     assert torch.equal(made["Linear.weight"], given["fc.weight"])
     assert open_state_dict(target).metadata["port"] == "toy"

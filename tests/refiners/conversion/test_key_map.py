@@ -363,9 +363,9 @@ def test_the_time_of_a_conversion_is_linear_in_the_number_of_keys() -> None:
     def seconds(count: int) -> float:
         weights = {f"blocks.{i}.{name}.weight": tensor.clone() for i in range(count) for name in "abcdefgh"}
         target = {f"Blocks.Block_{i + 1}.{name}.weight": tensor.clone() for i in range(count) for name in "abcdefgh"}
-        start = time.perf_counter()
+        start = time.process_time()
         key_map.convert(weights, target)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     times = [(seconds(210), seconds(420)) for _ in range(5)]
     as_many_as_sdxl, twice = (min(run[index] for run in times) for index in (0, 1))
