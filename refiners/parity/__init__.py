@@ -7,6 +7,8 @@
     runner.py      one case; suite.py many of them
     explain.py     where and why a port differs; trace.py, teacher.py, localise.py and diagnose.py do it
     ledger.py      results that are not bitwise, each with its cause
+    selection.py   what runs here and now: one of several shards, what changed since it passed
+    report.py      what people read of a run; junit.py and page/ write it down
     plugin.py      `pytest --parity-cases your.module`
 
 The names below are the API. They are looked up when they are used, so that pytest can load the plugin of this package

@@ -27,13 +27,17 @@ def call_operator(name: str, functions: str, lanes: Lanes = "any") -> Callable[[
 
     def register(find: FindInCall) -> FindInCall:
         def find_in_leaf(site: Site) -> Ways:
+            told: set[str] = set()
             for call in site.seen.calls if site.is_leaf else ():
                 if call.name not in names:
                     continue
                 given = named(call.name, call.args, call.kwargs) if call.name in KNOWN else {}
                 for parameter, change in find(call, given):
                     place = call.name if not call.occurrence else f"{call.name} {call.occurrence + 1}"
-                    yield f"{place}, {parameter}" if parameter else place, with_call(site.module, call, change)
+                    way = f"{place}, {parameter}" if parameter else place
+                    if way not in told:
+                        told.add(way)
+                        yield way, with_call(site.module, call, change)
 
         find_in_leaf.__doc__ = find.__doc__
         operator(name, lanes)(find_in_leaf)
@@ -184,7 +188,11 @@ def convolution(call: Call, given: Mapping[str, Any]) -> Changes:
         yield "kernel flipped", _given(weight=lambda given: given["weight"].flip(-1))
     if given["input"].shape[1] > 1:
         yield "channels reversed", _given(input=lambda given: given["input"].flip(1))
-    yield "padding 1", _given(padding=_constant(1))
+    own = given.get("padding", 0)
+    if own not in (1, (1,), (1, 1)):
+        yield "padding 1", _given(padding=_constant(1))
+    if own not in (0, (0,), (0, 0)):
+        yield "no padding", _given(padding=_constant(0))
 
 
 # --- places and pieces --------------------------------------------------------------------------------------------
@@ -279,8 +287,10 @@ def concatenation(call: Call, given: Mapping[str, Any]) -> Changes:
 def interpolation(call: Call, given: Mapping[str, Any]) -> Changes:
     """Pictures are resized in another way."""
     own = given.get("mode", "nearest")
+    sizes = zip(given["input"].shape[2:], call.output.shape[2:], strict=True)
+    is_repeated = own == "nearest" and all(new % old == 0 for old, new in sizes)
     for other in ("bicubic", "bilinear", "nearest", "area"):
-        if other != own:
+        if other != own and not (other == "area" and is_repeated):
             corners = given.get("align_corners") if other in ("bicubic", "bilinear") else None
             yield f"{own} to {other}", _given(mode=_constant(other), align_corners=_constant(corners))
     if own in ("bicubic", "bilinear"):
@@ -294,17 +304,25 @@ def interpolation(call: Call, given: Mapping[str, Any]) -> Changes:
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 
 
-@call_operator("constant", "mul add sub div pow __rmul__ __radd__ __rsub__ rsub")
+@call_operator("constant", "mul add sub div pow __rmul__ __radd__ __rsub__ __rdiv__ __rpow__ rsub add_ mul_ sub_ div_")
 def constant(call: Call, given: Mapping[str, Any]) -> Changes:
     """A number in a formula is another."""
     for at, value in enumerate(call.args[:2]):
         if isinstance(value, int | float) and not isinstance(value, bool):
             other = value * 1.01 if value else 1.0
+            yield f"{value:g} to {other:g}", _with_number(at, value, other)
+            if isinstance(value, int) and value > 2:
+                yield f"{value} to {value - 1}", _with_number(at, value, value - 1)
 
-            def change(func: Any, args: Any, kwargs: Any, at: int = at, other: float = other) -> Any:
-                return func(*[other if i == at else arg for i, arg in enumerate(args)], **kwargs)
 
-            yield f"{value:g} to {other:g}", change
+def _with_number(at: int, own: float, other: float) -> Change:
+    """Another number, in those forwards in which it is that one."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Any:
+        is_it = not isinstance(args[at], Tensor) and args[at] == own
+        return func(*args[:at], other, *args[at + 1 :], **kwargs) if is_it else func(*args, **kwargs)
+
+    return change
 
 
 COMPUTING = "exp log tanh sigmoid sqrt rsqrt square erf normalize softmax div matmul"

@@ -5,17 +5,19 @@ of every call, so one of them can be made to do something else: a mask is droppe
 is another. That works on any module, whoever wrote it.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from refiners.parity.modules import named_modules
-from refiners.parity.planting import Edit, with_forward
+from refiners.parity.planting import Edit, with_forward, with_members
 
 Function = Callable[..., Any]
 Change = Callable[[Function, Sequence[Any], dict[str, Any]], Any]
@@ -33,37 +35,108 @@ class Call:
     kwargs: Mapping[str, Any]
     output: Any
 
+    def is_like(self, other: "Call") -> bool:
+        """Whether another call, of another forward, stands in the same place and has the same numbers."""
+        return (self.name, self.occurrence, self._numbers) == (other.name, other.occurrence, other._numbers)
+
+    @property
+    def _numbers(self) -> list[Any]:
+        return [value for value in self.args if isinstance(value, int | float)]
+
 
 @dataclass
 class Seen:
-    """What one node did in one forward of the model: in its first call, and whether there were more."""
+    """What one node did in one forward of the model: in its first call, and what leaves called in later ones only."""
 
     args: tuple[Any, ...] = ()
     output: Any = None
     calls: list[Call] = field(default_factory=list[Call])
     times: int = 0
+    reads: set[str] = field(default_factory=set[str])
+    """The attributes of its own that a leaf read while it ran; `parameters.order` for a field of a dataclass."""
+    writes: set[str] = field(default_factory=set[str])
+    """Those that it wrote: a state, and nothing that it was built with."""
+
+
+WATCHED_FORWARDS = 8
+"""Of a leaf that runs more often (a solver, once a step) the calls of so many forwards are looked at."""
+
+
+@dataclass
+class _Running:
+    """A node that is running, and how often it has called each function so far."""
+
+    module: nn.Module
+    seen: Seen
+    is_watched: bool
+    counts: Counter[str] = field(default_factory=Counter[str])
 
 
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.stack: list[tuple[str, Seen, bool]] = []
+        self.stack: list[_Running] = []
 
     def __torch_function__(
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if self.stack and self.stack[-1][2]:
-            calls = self.stack[-1][1].calls
-            name = name_of(func)
-            calls.append(Call(name, sum(call.name == name for call in calls), args, kwargs or {}, output))
+        if self.stack and self.stack[-1].is_watched:
+            running, name = self.stack[-1], name_of(func)
+            occurrence = running.counts[name]
+            running.counts[name] += 1
+            call = Call(name, occurrence, args, kwargs or {}, output)
+            # A later forward may take another way than the first: what only it calls is looked at as well.
+            if running.seen.times == 1 or not any(call.is_like(other) for other in running.seen.calls):
+                running.seen.calls.append(call)
         return output
+
+    def spied(self, module: nn.Module) -> Edit:
+        """The leaf notes which of its attributes are read while it runs."""
+
+        def read(leaf: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(leaf, name)
+            if name in _OF_EVERY_MODULE or not self.stack or self.stack[-1].module is not leaf:
+                return value
+            reads = self.stack[-1].seen.reads
+            reads.add(name)
+            return _spied_fields(value, name, reads) if is_dataclass(value) and not isinstance(value, type) else value
+
+        def write(leaf: nn.Module, name: str, value: Any) -> None:
+            if self.stack and self.stack[-1].module is leaf:
+                self.stack[-1].seen.writes.add(name)
+            kind.__setattr__(leaf, name, value)
+
+        kind: Any = type(module)
+        return with_members(module, __getattribute__=read, __setattr__=write)
+
+
+_OF_EVERY_MODULE = frozenset((*nn.Module().__dict__, "__dict__", "__class__"))
+
+
+def _spied_fields(value: Any, name: str, reads: set[str]) -> Any:
+    """The same dataclass, which notes which of its fields are read."""
+    kind = cast(Any, type(value))
+
+    def read(given: Any, attribute: str) -> Any:
+        reads.add(f"{name}.{attribute}")
+        return object.__getattribute__(given, attribute)
+
+    made = copy.copy(value)
+    spied = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__getattribute__": read})
+    object.__setattr__(made, "__class__", spied)
+    return made
 
 
 def name_of(func: Function) -> str:
     """`softmax` for `torch.softmax`, `torch.nn.functional.softmax` and `Tensor.softmax`."""
     name = str(getattr(func, "__name__", type(func).__name__))
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def _forget_states(seen: Mapping[str, Seen]) -> None:
+    for node in seen.values():
+        node.reads -= {name for name in node.reads if name.partition(".")[0] in node.writes}
 
 
 def record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
@@ -75,22 +148,25 @@ def record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Seen]:
         def hook(module: nn.Module, args: Any) -> None:
             node = seen.setdefault(path, Seen(args))
             node.times += 1
-            recorder.stack.append((path, node, is_leaf and node.times == 1))
+            recorder.stack.append(_Running(module, node, is_leaf and node.times <= WATCHED_FORWARDS))
 
         return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        _, node, _ = recorder.stack.pop()
+        node = recorder.stack.pop().seen
         if node.times == 1:
             node.output = output
 
     with ExitStack() as stack:
         for path, module in named_modules(model):
             is_leaf = not any(True for _ in module.children())
+            if is_leaf:
+                stack.callback(recorder.spied(module)())
             stack.callback(module.register_forward_pre_hook(enter(path, is_leaf)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         with torch.no_grad(), recorder:
             run()
+    _forget_states(seen)
     return seen
 
 
@@ -128,7 +204,7 @@ _POSITIONS: dict[str, tuple[str, ...]] = {
     "linear": ("input", "weight", "bias"),
     "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv_transpose2d": ("input", "weight", "bias", "stride", "padding"),
+    "conv_transpose2d": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     "interpolate": ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
     "embedding": ("input", "weight", "padding_idx"),
     "cat": ("tensors", "dim"),
@@ -142,6 +218,12 @@ _POSITIONS: dict[str, tuple[str, ...]] = {
     "sum": ("input", "dim"),
     "mean": ("input", "dim"),
     "clamp": ("input", "min", "max"),
+    "clip": ("input", "min", "max"),
+    "hardtanh": ("input", "min_val", "max_val"),
+    "linspace": ("start", "end", "steps"),
+    "chunk": ("input", "chunks", "dim"),
+    "split": ("tensor", "split_size_or_sections", "dim"),
+    "unbind": ("input", "dim"),
     "pad": ("input", "pad", "mode", "value"),
 }
 KNOWN = frozenset(_POSITIONS)

@@ -12,7 +12,9 @@ A module that holds cases exposes `CASES`, a sequence of them, and does nothing 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from refiners.errors import ParityError
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._+-]*(/[a-z0-9][a-z0-9._+-]*)*")
+
+_COLLECTING: ContextVar[bool] = ContextVar("collecting", default=False)
 
 Init = Literal["informative", "upstream"]
 Inputs = Mapping[str, Any]
@@ -118,21 +122,37 @@ class Case:
     """One line for people."""
     batch_axis: int | Mapping[str, int] | None = None
     """The axis of all input tensors that holds the items of the batch, or input → its axis, and the others belong to
-    every item. Outputs hold them in axis 0. For `refiners.parity.metamorphic`, as are the next two."""
+    every item. Outputs hold them in axis 0, unless a single item has an output of the same shape, which is the same for
+    all. For `refiners.parity.metamorphic`, as are the next two."""
     pad: Callable[[Inputs], Inputs] | None = None
     """Lengthens the inputs by padding behind them, hidden by their mask. What outputs have more is cut off again."""
     without_cells: Mapping[str, str] = field(default_factory=_no_strings)
     """Metamorphic cell that does not apply → why."""
 
     def __post_init__(self) -> None:
+        if self.refusal and not _COLLECTING.get():
+            raise ParityError(self.refusal)
+
+    @property
+    def refusal(self) -> str:
+        """Why the case cannot be used; "" for a case that can."""
         problems = _problems(self)
-        if problems:
-            raise ParityError(f"Case {self.id!r} cannot be used: {'; '.join(problems)}.")
+        return f"Case {self.id!r} cannot be used: {'; '.join(problems)}." if problems else ""
 
     @property
     def family(self) -> str:
         """The first segment of the id."""
         return self.id.split("/", 1)[0]
+
+
+@contextmanager
+def collecting() -> Generator[None, None, None]:
+    """Inside, a case that cannot be used does not raise, so that the others of its module can: see its `refusal`."""
+    token = _COLLECTING.set(True)
+    try:
+        yield
+    finally:
+        _COLLECTING.reset(token)
 
 
 def _problems(case: Case) -> list[str]:

@@ -5,23 +5,25 @@ faults elsewhere do not matter. Every edit is taken back; a diagnosis that is to
 flow: the values that upstream's operation reads and writes are both there in the port.
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refiners.parity import edits, hypotheses
+from refiners.parity import edits, flow, hypotheses
 from refiners.parity.edits import Hypothesis
 from refiners.parity.leaves import Pairing
 from refiners.parity.localise import Finding
 from refiners.parity.modules import own_state
+from refiners.parity.operations import Operation, Trace
 from refiners.parity.teacher import Point, Run, Teacher
-from refiners.parity.trace import Operation, Slot, Trace, fill_template
 from refiners.parity.weight_faults import how_weights_differ
+
+MOST_PIECES = 6
 
 
 @dataclass
@@ -84,6 +86,9 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     missing = _missing_module(finding, session)
     if missing:
         return missing, False
+    if _is_wiring(finding):
+        made = _by_its_maker(finding, session)
+        return (made, True) if made else (_wired(finding, session), False)
     check = _check_of(finding, session)
     for hypothesis in _proposed(finding, session):
         if session.is_late():
@@ -126,12 +131,14 @@ def _proposed(finding: Finding, session: Session) -> Iterator[Hypothesis]:
         if _runs(finding, "attention", "softmax", "bmm", "view"):
             yield from hypotheses.of_attention(node)
         yield from _operations(finding, session, node)
+        yield from _pieces(finding, session)
         yield from hypotheses.of_activation(node)
         yield from hypotheses.of_residual(node)
         yield from hypotheses.of_inputs_and_outputs(node)
         return
     yield from hypotheses.of_residual(node)
     yield from _operations(finding, session, node)
+    yield from _pieces(finding, session)
     yield from hypotheses.of_attributes(node, other)
     yield from hypotheses.of_attention(node)
     yield from hypotheses.of_inputs_and_outputs(node)
@@ -168,86 +175,119 @@ def _held_weights(path: str, node: nn.Module, session: Session, weights: Mapping
 
 
 def _operations(finding: Finding, session: Session, node: nn.Module) -> Iterator[Hypothesis]:
-    """The port's operation with upstream's arguments, or upstream's operation in its place."""
+    """The port's operation with upstream's arguments, upstream's in its place or before it, or none."""
+
+    def edited(ours: Operation, change: edits.Change) -> edits.Edit:
+        before = [op for op in session.port_trace.operations[: ours.index] if op.call == ours.call]
+        return edits.operation(node, sum(op.function is ours.function for op in before), ours.function, change)
+
     for ours in finding.port_operations:
         for theirs in finding.upstream_operations:
-            order = _matched(ours, theirs)
-            if order is None or "→" in ours.name or "→" in theirs.name:
+            if "→" in theirs.name:
                 continue
-            before = [op for op in session.port_trace.operations[: ours.index] if op.call == ours.call]
-            position = sum(op.function is ours.function for op in before)
-            yield Hypothesis(_unlike(ours, theirs), edits.operation(node, position, ours, theirs, order))
+            if "→" not in ours.name and set(theirs.inputs) <= set(ours.inputs):
+                order = [ours.inputs.index(number) for number in theirs.inputs]
+                yield Hypothesis(flow.unlike(ours, theirs), edited(ours, edits.in_place_of(theirs, order)))
+            if len(theirs.inputs) == 1 and theirs.inputs[0] in ours.inputs:
+                place = ours.inputs.index(theirs.inputs[0])
+                text = f"when {flow.told(theirs)} comes before {flow.told(ours)}, as upstream at {theirs.source}"
+                yield Hypothesis(text, edited(ours, edits.preceded_by(theirs, place)))
+        if "→" not in ours.name and ours.inputs:
+            yield Hypothesis(f"without {flow.told(ours)}", edited(ours, edits.left_out))
 
 
-def _matched(ours: Operation, theirs: Operation) -> list[Any] | None:
-    """For each tensor of upstream's operation, the place of the same one in the port's; None if one is not there."""
-    order: list[Any] = []
-    for number in theirs.inputs:
-        if number not in ours.inputs:
-            return None
-        order.append(ours.inputs.index(number))
-    return order
-
-
-def _unlike(ours: Operation, theirs: Operation) -> str:
-    """In what arguments two operations differ."""
-    if ours.function is not theirs.function:
-        return f"when it computes `{theirs}` in place of `{ours}`"
-    names = [argument.name for argument in ours.function._schema.arguments]
-    here, there = _arguments(ours, names), _arguments(theirs, names)
-    told: list[str] = []
-    for name in dict.fromkeys([*there, *here]):
-        right, given = there.get(name), here.get(name)
-        if right == given:
+def _pieces(finding: Finding, session: Session) -> Iterator[Hypothesis]:
+    """A tensor is cut in pieces, and one is taken for another."""
+    read = {number for op in (*finding.port_operations, *finding.port_region) for number in op.inputs}
+    for ours in session.port_trace.operations:
+        if not flow.is_parting(ours) or not read & set(ours.outputs):
             continue
-        if isinstance(right, _Tensor):
-            told.append(f"`{name}` is upstream's tensor" + (", which the port does not give" if given is None else ""))
-        elif isinstance(given, _Tensor):
-            told.append(f"`{name}` is {right!r}, not a tensor")
-        else:
-            told.append(f"`{name}` is {right!r}, not {given!r}")
-    return (
-        f"when in `{ours.name.removeprefix('aten.')}` {' and '.join(told)}" if told else f"when it computes `{theirs}`"
-    )
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    number: int
-
-
-def _arguments(operation: Operation, names: list[str]) -> dict[str, Any]:
-    """Names of arguments → what was given, tensors as the numbers of their values; what is None is left out."""
-
-    def number(slot: Slot) -> _Tensor:
-        return _Tensor(operation.inputs[slot.place])
-
-    args, kwargs = fill_template(operation.template, Slot, number)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: value for name, value in given.items() if value is not None}
+        before = session.port_trace.operations[: ours.index]
+        position = sum(op.function is ours.function for op in before)
+        count = min(len(ours.outputs), MOST_PIECES)
+        for a, b in itertools.combinations(range(count), 2):
+            what = "the two pieces" if count == 2 else f"pieces {a + 1} and {b + 1}"
+            text = f"when {what} of `{flow.name_of(ours)}` are exchanged, which is made at {ours.source}"
+            yield Hypothesis(text, edits.operation(session.port, position, ours.function, edits.exchanged(a, b)))
 
 
 def _by_data_flow(finding: Finding, session: Session) -> str:
     """What follows from values alone, when no edit of the node was found."""
-    expected = set(finding.point.expected)
     if finding.passed_on is not None:
-        return _missing_operations(finding, finding.passed_on)
+        return _out_of_order(finding, session) or _missing_operations(finding, finding.passed_on)
     runs = sum(call.path == finding.port for call in session.port_trace.calls)
     if runs > 1 and finding.port not in session.upstream_modules():
         return f"when it runs fewer times than {runs}"
+    expected = set(finding.point.expected)
     for ours in finding.port_operations:
         if expected & set(ours.inputs):
-            return f"without `{ours}`"
+            return f"without {flow.told(ours)}{' (a residual too much)' if flow.is_residual(ours) else ''}"
+    layouts = flow.rope_layouts(finding)
+    return layouts or _of_operations(finding, session)
+
+
+def _of_operations(finding: Finding, session: Session) -> str:
+    """What follows from pairs of operations of both sides that read the same values."""
+    for ours in finding.port_operations:
+        for theirs in finding.upstream_operations:
+            if flow.extra(ours, theirs, session.port_trace):
+                return f"without {flow.told(ours)}"
+            if flow.lacking(ours, theirs, session.upstream_trace):
+                return f"when {flow.told(theirs)} comes before {flow.told(ours)}, as upstream at {theirs.source}"
     pairs = [(a, b) for a in (*finding.port_operations, *finding.port_region) for b in finding.upstream_operations]
     for ours, theirs in pairs:
         is_view = "→" in f"{ours.name}{theirs.name}"
         if ours.function is theirs.function and not is_view and (set(ours.inputs) & set(theirs.inputs)):
-            return _unlike(ours, theirs)
+            return flow.unlike(ours, theirs)
     for ours, theirs in zip(finding.port_operations[:1], finding.upstream_operations[:1], strict=False):
         alone = len(finding.port_operations) == len(finding.upstream_operations) == 1
         if alone and set(ours.inputs) & set(theirs.inputs):
-            return f"when it computes `{theirs}` in place of `{ours}`, as upstream does at {theirs.source}"
+            return f"{flow.unlike(ours, theirs)}, as upstream does at {theirs.source}"
     return ""
+
+
+def _out_of_order(finding: Finding, session: Session) -> str:
+    """A leaf that upstream runs first is there in the port as well, and runs at another place."""
+    ours = {other: path for path, other in session.pairing.items()}
+    for theirs in finding.upstream_operations:
+        other = session.upstream_trace.path_of(theirs)
+        ran = {call.path for call in session.port_trace.calls}
+        if other in ours and finding.passed_on in theirs.inputs and ours[other] in ran:
+            return f"when `{ours[other]}` comes first, as upstream's `{other}` does: the port runs it elsewhere"
+    return ""
+
+
+def _is_wiring(finding: Finding) -> bool:
+    """Whether both sides have the value that arrives and the one that should: something else is connected here."""
+    return not (finding.is_leaf or finding.port_operations or finding.upstream_operations)
+
+
+def _by_its_maker(finding: Finding, session: Session) -> str:
+    """What mends the node that made the value which arrives; "" if nothing that is tried does."""
+    for path in finding.suspects[:1]:
+        node = session.port.get_submodule(path)
+        for hypothesis in (*hypotheses.of_attributes(node, None), *hypotheses.of_inputs_and_outputs(node)):
+            if session.is_late():
+                return ""
+            if _holds(hypothesis, finding, session.mends):
+                return f"{hypothesis.text}, that is of `{path}`"
+    return ""
+
+
+def _wired(finding: Finding, session: Session) -> str:
+    ours = {other: path for path, other in session.pairing.items()}
+    unlike = [(e, a) for e, a in zip(finding.point.expected, finding.point.actual, strict=False) if e != a]
+    if not unlike:
+        return ""
+    expected, actual = unlike[0]
+    given = flow.origin(session.port_trace, actual, session.pairing)
+    call = next((c for c in session.upstream_trace.calls if c.path in ours and expected in c.outputs), None)
+    if call is None:
+        right = flow.origin(session.upstream_trace, expected, ours)
+        return f"when it receives {right} of upstream: here it receives {given}" if right and given else ""
+    return (
+        f"when it receives what `{ours[call.path]}` returns, as upstream's does: here it receives {given or 'another'}"
+    )
 
 
 def _missing_module(finding: Finding, session: Session) -> str:
@@ -265,6 +305,8 @@ def _missing_operations(finding: Finding, passed_on: int) -> str:
     """What upstream does between the value passed on and the right one."""
     region = finding.region
     if region and len(region) <= 8 and passed_on in {number for op in region for number in op.inputs}:
+        if len(region) == 1 and flow.is_residual(region[0]):
+            return f"when it is added to what came before it (a missing residual), as at {region[0].source}"
         names = ", ".join(dict.fromkeys(op.name.removeprefix("aten.") for op in region))
         made = next(iter(region))
         return f"when it computes upstream's {names} here, as at {made.source}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refiners.parity.trace import Operation, Slot, fill_template, tensors_in
+from refiners.parity.operations import Operation, Slot, fill_template, tensors_in
 
 _ABSENT = object()
 
@@ -136,12 +136,16 @@ def calls(module: nn.Module, function: Any, change: Callable[..., Any]) -> Edit:
     return forward(module, wrapper)
 
 
+Change = Callable[[Any, Any, Any], Any]
+"""Called with the function of an operation, its arguments and keyword arguments, in its place."""
+
+
 class _Operations(TorchDispatchMode):
     """One operation among those of a module call is another one."""
 
-    def __init__(self, position: int, ours: Operation, theirs: Operation, order: list[Any]) -> None:
+    def __init__(self, position: int, function: Any, change: Change) -> None:
         cast(Any, super()).__init__()
-        self.position, self.ours, self.theirs, self.order = position, ours, theirs, order
+        self.position, self.function, self.change = position, function, change
         self.met = 0
 
     @classmethod
@@ -149,37 +153,77 @@ class _Operations(TorchDispatchMode):
         return False  # else torch imports its compiler, which takes seconds, for code that is never compiled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not self.ours.function:
-            return func(*args, **kwargs)
-        self.met += 1
-        if self.met != self.position + 1:
-            return func(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
-        tensors = [given[item] if isinstance(item, int) else item for item in self.order]
-
-        def put(slot: Slot) -> Tensor:
-            return tensors[slot.place]
-
-        new_args, new_kwargs = fill_template(self.theirs.template, Slot, put)
-        return self.theirs.function(*new_args, **new_kwargs)
+        if func is self.function:
+            self.met += 1
+            if self.met == self.position + 1:
+                return self.change(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
-def operation(module: nn.Module, position: int, ours: Operation, theirs: Operation, order: list[Any]) -> Edit:
+def operation(module: nn.Module, position: int, function: Any, change: Change) -> Edit:
     """Inside a module, one operation is another one.
 
     Receives:
         module: that runs it.
-        position: how many of its operations of that name come before.
-        ours, theirs: the port's and upstream's.
-        order: for each tensor of upstream's operation, the place of the port's, or a tensor.
+        position: how many of its operations of that function come before.
+        function: of the operation.
+        change: what is done in its place.
     """
 
     def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _Operations(position, ours, theirs, order):
+        with _Operations(position, function, change):
             return original(*args, **kwargs)
 
     return forward(module, wrapper)
+
+
+def in_place_of(theirs: Operation, order: list[int]) -> Change:
+    """Upstream's operation, whose tensors are the port's in that order."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Any:
+        given = list(tensors_in((args, kwargs)))
+        return _run(theirs, [given[place] for place in order])
+
+    return change
+
+
+def preceded_by(theirs: Operation, place: int) -> Change:
+    """Upstream's operation, of one tensor, comes before on the tensor at a place."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Any:
+        places = iter(range(len(list(tensors_in((args, kwargs))))))
+
+        def put(tensor: Tensor) -> Tensor:
+            return _run(theirs, [tensor]) if next(places) == place else tensor
+
+        args, kwargs = fill_template((args, kwargs), Tensor, put)
+        return func(*args, **kwargs)
+
+    return change
+
+
+def left_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """Nothing: the first tensor passes."""
+    return tensors_in((args, kwargs))[0].clone()
+
+
+def exchanged(first: int, second: int) -> Change:
+    """Two of the tensors that an operation returns change places."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Any:
+        results = list(func(*args, **kwargs))
+        results[first], results[second] = results[second], results[first]
+        return results
+
+    return change
+
+
+def _run(theirs: Operation, tensors: list[Tensor]) -> Any:
+    def put(slot: Slot) -> Tensor:
+        return tensors[slot.place]
+
+    args, kwargs = fill_template(theirs.template, Slot, put)
+    return theirs.function(*args, **kwargs)
 
 
 @contextmanager

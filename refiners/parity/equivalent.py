@@ -8,12 +8,15 @@ bit of the outputs must be equal (and the gradients, to within rounding: a sum o
     fault = "swap-order::*PooledClassToken.FirstToken::with LayerNorm"    # `*` is anything
     scope = 1                                                             # how many levels above the node
     reason = "a norm works on each token by itself, so it may come before or after one of them is taken"
+
+Where the scope reaches the root, the whole port is run as its case runs it, on other inputs of the case: a port whose
+knobs travel through Context cannot be run otherwise.
 """
 
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +26,12 @@ from torch import Tensor, nn
 from refiners.errors import ParityError
 from refiners.parity import rounding
 from refiners.parity.bits import same_bits
-from refiners.parity.inputs import named_tensors
+from refiners.parity.case import Inputs, Outputs
+from refiners.parity.inputs import copy_for_one_side, draw_inputs, named_tensors, place_inputs
 from refiners.parity.mutate import Bench, Mutant
 
 TRIALS = 64
+TRIALS_OF_A_WHOLE_PORT = 8
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,16 @@ def why_not_equivalent(bench: Bench, mutant: Mutant, scope: int, *, trials: int 
     path = mutant.path
     for _ in range(scope):
         path = path.rpartition(".")[0]
-    if path not in bench.seen:
+    if path and path not in bench.seen:
         return f"there is no node {scope} levels above {mutant.path} whose inputs are known"
-    node = bench.port.get_submodule(path)
+    node = bench.port.get_submodule(path) if path else _Whole(bench)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
-        (_draw_weights(node, generator), [_draw_like(value, generator) for value in bench.seen[path].args])
-        for _ in range(trials)
+        (
+            _draw_weights(node, generator),
+            [_draw_like(value, generator) for value in bench.seen[path].args] if path else [_other_inputs(bench, i)],
+        )
+        for i in range(trials if path else min(trials, TRIALS_OF_A_WHOLE_PORT))
     ]
     try:
         right = [_run(node, weights, args) for weights, args in drawn]
@@ -90,6 +98,23 @@ def why_not_equivalent(bench: Bench, mutant: Mutant, scope: int, *, trials: int 
 
 
 Ran = tuple[list[Tensor], list[Tensor | None]]
+
+
+class _Whole(nn.Module):
+    """A port, called as its case calls it."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.port = bench.port
+        self.run = bench.case.run_port
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        return self.run(self.port, copy_for_one_side(inputs, gradients=False))
+
+
+def _other_inputs(bench: Bench, number: int) -> Inputs:
+    other = replace(bench.case, seed=bench.case.seed + 1 + number)
+    return place_inputs(draw_inputs(other), bench.lane.dtype, bench.lane.device)
 
 
 def _draw_weights(node: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -24,12 +24,13 @@ from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
 from refiners.parity.lanes import Lane, held_equal
-from refiners.parity.leaves import Pairing, pairings, weight_leaves
+from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leaves
 from refiners.parity.localise import Finding, Locator
+from refiners.parity.operations import Trace
 from refiners.parity.runner import CaseRunner
 from refiners.parity.teacher import Point, Run, Teacher, Where
 from refiners.parity.torch_state import seed_torch
-from refiners.parity.trace import Trace, record
+from refiners.parity.trace import record
 
 MANY = 3
 """More faults than this are rounding, or one that all nodes have: float64 tells."""
@@ -115,8 +116,8 @@ def _explain_in(runner: CaseRunner, lane: Lane, seconds: float, *, by_closeness:
             found.notes += explain_gradients(
                 upstream,
                 port,
-                lambda: runner.look(lane, upstream, is_port=False, gradients=True),
-                lambda: runner.look(lane, port, is_port=True, gradients=True),
+                lambda: runner.look(lane, upstream, is_port=False, gradients=True).outputs,
+                lambda: runner.look(lane, port, is_port=True, gradients=True).outputs,
                 found.pairing,
             )
         return found
@@ -132,14 +133,7 @@ def explain_sides(
     seconds: float = 60.0,
 ) -> Explanation:
     """The same of both sides of a case that were built already, under `held_equal(lane)`."""
-    inputs = place_inputs(draw_inputs(case), lane.dtype, lane.device)
-
-    def ours() -> Mapping[str, Tensor]:
-        return case.run_upstream(upstream, copy_for_one_side(inputs, gradients=False))
-
-    def theirs() -> Mapping[str, Tensor]:
-        return case.run_port(port, copy_for_one_side(inputs, gradients=False))
-
+    ours, theirs = runs_of(case, lane, upstream, port)
     found = explain_modules(
         upstream,
         port,
@@ -154,6 +148,15 @@ def explain_sides(
     device = "" if lane.device == "cpu" else f" --device {lane.device}"
     found.command = f"refiners parity explain {case.id} --lanes {lane.dtype_name}{device}"
     return found
+
+
+def runs_of(case: Case, lane: Lane, upstream: nn.Module, port: nn.Module) -> tuple[Run, Run]:
+    """What runs each side of a case once, forward only, on inputs of its own."""
+    inputs = place_inputs(draw_inputs(case), lane.dtype, lane.device)
+    return (
+        lambda: case.run_upstream(upstream, copy_for_one_side(inputs, gradients=False)),
+        lambda: case.run_port(port, copy_for_one_side(inputs, gradients=False)),
+    )
 
 
 def explain_modules(
@@ -179,19 +182,8 @@ def explain_modules(
     """
     started = time.monotonic()
 
-    def seeded(run: Run) -> Run:
-        def again() -> Mapping[str, Tensor]:
-            seed_torch(seed)
-            with torch.no_grad():
-                return run()
-
-        return again
-
-    run_upstream, run_port = seeded(run_upstream), seeded(run_port)
+    run_upstream, run_port = warmed_up(run_upstream, run_port, seed)
     title = f"{type(upstream).__name__} and {type(port).__name__}"
-    # Modules may make or exchange others the first time they run: hooks are for those that are there afterwards.
-    run_upstream()
-    run_port()
     values = Values(by_closeness)
     ours, _ = record(upstream, run_upstream, values, read_views=True)
     free, _ = record(port, run_port, values)
@@ -199,7 +191,7 @@ def explain_modules(
     wrong = _wrong_weights(port, right_weights or {})
     lessons = [
         _lesson(teacher, port, run_port, pairing, ours, wrong)
-        for pairing in pairings(upstream, port, _keys_of_same(upstream, right_weights or {}))
+        for pairing in pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
     ]
     findings, points, pairing, forced = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
     session = Session(
@@ -214,11 +206,50 @@ def explain_modules(
         deadline=started + seconds,
     )
     session.start(points)
-    faults = [Fault(finding, *diagnose(finding, session)) for finding in findings]
+    faults = _without_constants([Fault(finding, *diagnose(finding, session)) for finding in findings])
     explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
     explanation.notes += _notes(faults, free, ours, session)
     explanation.seconds = round(time.monotonic() - started, 3)
     return explanation
+
+
+def _without_constants(faults: list[Fault]) -> list[Fault]:
+    """Of faults that show at one point, one of which is explained, those are left out that only make a constant.
+
+    Two sides often make one mask out of different constants.
+    """
+
+    def is_constant(fault: Fault) -> bool:
+        finding = fault.finding
+        return not finding.is_leaf and not any(operation.inputs for operation in finding.port_operations)
+
+    explained = {f.finding.point.place: f.diagnosis for f in faults if f.diagnosis and not is_constant(f)}
+    return [
+        fault
+        for fault in faults
+        if not (is_constant(fault) and fault.diagnosis in ("", explained.get(fault.finding.point.place)))
+        or fault.finding.point.place not in explained
+    ]
+
+
+def warmed_up(run_upstream: Run, run_port: Run, seed: int = 0) -> tuple[Run, Run]:
+    """Runs that start from one seed and ask for no gradients.
+
+    Both have run once: modules may make or exchange others then, and hooks are for those that are there afterwards.
+    """
+
+    def seeded(run: Run) -> Run:
+        def again() -> Mapping[str, Tensor]:
+            seed_torch(seed)
+            with torch.no_grad():
+                return run()
+
+        return again
+
+    runs = seeded(run_upstream), seeded(run_port)
+    for run in runs:
+        run()
+    return runs
 
 
 _Lesson = tuple[list[Finding], list[Point], Pairing, Trace]
@@ -246,13 +277,6 @@ def _lesson(
     wrong = [path for path in wrong_weights if path not in pairing]
     points += teacher.judge(outputs)
     return Locator(ours, trace, pairing, wrong).find(points), points, pairing, trace
-
-
-def _keys_of_same(upstream: nn.Module, right: Mapping[str, Tensor]) -> dict[str, str]:
-    """Port key → upstream key, where both are the same whole tensor."""
-    places = {(tensor.data_ptr(), tensor.shape): key for key, tensor in upstream.state_dict().items()}
-    found = {key: places.get((tensor.data_ptr(), tensor.shape)) for key, tensor in right.items()}
-    return {key: other for key, other in found.items() if other is not None}
 
 
 def _wrong_weights(port: nn.Module, right: Mapping[str, Tensor]) -> list[str]:

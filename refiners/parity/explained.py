@@ -9,10 +9,10 @@ from refiners.fluxion.layers.tree import ModuleTree
 from refiners.parity.case import Case
 from refiners.parity.explain import Explanation, Fault, explain
 from refiners.parity.lanes import Lane
+from refiners.parity.operations import Operation
 from refiners.parity.runner import CaseRunner
 from refiners.parity.teacher import Where
 from refiners.parity.time_limit import time_limit
-from refiners.parity.trace import Operation
 
 MAX_FAULTS = 10
 MAX_TREE_LINES = 20
@@ -80,6 +80,8 @@ def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[st
         what = "introduces a difference: it receives what upstream's leaf receives, and returns something else"
     elif finding.port_operations:
         what = "computes something else than upstream from the same values"
+    elif not finding.upstream_operations:
+        what = "is connected in another way: both sides have the value that arrives and the one that should"
     else:
         what = "passes on a value that upstream changes first"
     lines = [(f"{number}. {path} {what}", "bold red")]
@@ -100,7 +102,19 @@ def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[st
         lines.append((f"   shapes     {point.shapes[0]}", ""))
     if point.worst:
         lines.append((f"   worst      {str(point.worst).removeprefix(point.worst.tensor)}", ""))
+    lines.append((f"   again      {_again(fault, explanation)}", "dim"))
     return lines
+
+
+def _again(fault: Fault, explanation: Explanation) -> str:
+    """One line that shows the fault alone: the leaf at which it shows is fed upstream's inputs."""
+    point, command = fault.finding.point, explanation.command.replace("parity show ", "parity explain ")
+    if not command:
+        call = "(upstream, port, run_upstream, run_port"
+        if point.where is Where.OUTPUT:
+            return f"print(refiners.parity.explain.explain_modules{call}))"
+        return f"print(refiners.parity.leaf_again.leaf_of_modules{call}, {point.port!r}))"
+    return command if point.where is Where.OUTPUT else f"{command} --leaf {point.port}"
 
 
 def _side(name: str, path: str, operations: tuple[Operation, ...]) -> list[tuple[str, str]]:

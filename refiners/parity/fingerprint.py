@@ -1,10 +1,10 @@
 """Fingerprints: a few bytes that stand for a whole tensor, so that two runs can be compared without being kept.
 
 A fingerprint changes with every bit of a tensor and with its place: a permutation, a flipped sign, -0.0 for 0.0, the
-payload of a NaN, the dtype and the shape all count; strides and the device do not. Bits are read as 64-bit words, and
-each block of words is multiplied by fixed random numbers and added up modulo 2⁶⁴: an integer product, which every
-device computes alike, at the speed of memory. The upper halves of the words are added up a second time by themselves,
-for a product modulo 2⁶⁴ shows a change of a top bit but not its place.
+payload of a NaN, the dtype and the shape all count; strides and the device do not. Small tensors are hashed as they
+are. Of others, bits are read as 64-bit words, and each block of words is multiplied by fixed random numbers and added
+up modulo 2⁶⁴: an integer product, which every device computes alike, at the speed of memory. A product modulo 2⁶⁴ shows
+a change of a top bit but not its place, so the top bits are gathered, one a byte, and multiplied by themselves.
 
 `Values` gives a number to each value: tensors of one fingerprint have one number. Where bits differ everywhere by
 rounding, it can be asked to take values that are close in float64 for one; then it keeps two more numbers of each
@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 
 from refiners.parity import rounding
-from refiners.parity.bits import as_integers
+from refiners.parity.bits import as_integers, same_bits
 
 _BLOCK = 1 << 16
 """Words that are multiplied by the same random numbers as those of other blocks; results of blocks keep their order."""
+
+_SMALL = 1 << 14
+"""Bytes up to which a tensor is hashed whole: below, calls of torch cost more than the bytes."""
+
+_LARGE = 1 << 20
+"""Bytes from which a weight is known by its place."""
+
+_CHUNK = 1 << 20
+"""Words whose top bits are gathered at once: they stay in the cache."""
 
 _HUGE = 1e30
 """Masks hold infinities and the largest numbers of a dtype, which no norm survives."""
@@ -38,11 +47,10 @@ class Fingerprint:
 
 
 @cache
-def _multipliers(device: torch.device) -> tuple[Tensor, Tensor]:
+def _multipliers(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0x5EED)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (2, _BLOCK), generator=generator, dtype=torch.int64)
-    first, second = (drawn | 1).to(device)
-    return first, second
+    drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator, dtype=torch.int64)
+    return (drawn | 1).to(device)
 
 
 @torch.no_grad()
@@ -55,26 +63,37 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     flat = as_integers(tensor).contiguous().flatten().view(torch.uint8)
-    tail = flat.numel() % 8
-    if tail:
-        flat = torch.nn.functional.pad(flat, (0, 8 - tail))
+    if flat.numel() <= _SMALL:
+        data = flat.cpu().numpy().tobytes()
+        return Fingerprint(dtype, shape, hashlib.blake2b(data, digest_size=16).digest())
+    if flat.numel() % 8:
+        flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
     elif flat.storage_offset() % 8:
         flat = flat.clone()
     words = flat.view(torch.int64)
-    whole = words.numel() // _BLOCK * _BLOCK
-    sums = [_sums(words[:whole].view(-1, _BLOCK))] if whole else []
-    sums += [_sums(words[whole:].view(1, -1))] if whole < words.numel() else []
+    chunks = [words[start : start + _CHUNK] for start in range(0, words.numel(), _CHUNK)]
+    sums = [part for chunk in chunks for part in (*_sums(chunk), *_sums(_top_bits(chunk)))]
     gathered = torch.cat(sums).cpu().numpy()
     return Fingerprint(dtype, shape, hashlib.blake2b(gathered.tobytes(), digest_size=16).digest())
 
 
-def _sums(blocks: Tensor) -> Tensor:
-    """Two integers for each block."""
-    first, second = (row[: blocks.shape[1]] for row in _multipliers(blocks.device))
-    upper = blocks >> 32
-    if blocks.device.type == "cpu":
-        return torch.cat((torch.mv(blocks, first), torch.mv(upper, second)))
-    return torch.cat(((blocks * first).sum(1), (upper * second).sum(1)))
+def _top_bits(words: Tensor) -> Tensor:
+    """The top bit of each word, eight of them in a word."""
+    bits = (words < 0).view(torch.uint8)
+    if bits.numel() % 8:
+        bits = torch.nn.functional.pad(bits, (0, 8 - bits.numel() % 8))
+    return bits.view(torch.int64)
+
+
+def _sums(words: Tensor) -> list[Tensor]:
+    """An integer for each block of words, and one for the rest."""
+    whole = words.numel() // _BLOCK * _BLOCK
+    blocks = [words[:whole].view(-1, _BLOCK)] if whole else []
+    blocks += [words[whole:].view(1, -1)] if whole < words.numel() else []
+    multipliers = _multipliers(words.device)
+    if words.device.type == "cpu":
+        return [torch.mv(block, multipliers[: block.shape[1]]) for block in blocks]
+    return [(block * multipliers[: block.shape[1]]).sum(1) for block in blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +122,12 @@ def sketch(tensor: Tensor) -> Sketch:
     return Sketch(float((flat @ flat).sqrt()), float(flat @ random.to(flat.device)), int((~ordinary).sum()))
 
 
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits, at one place in memory or at two."""
+    here = first.device == second.device and first.data_ptr() == second.data_ptr()
+    return (here and first.stride() == second.stride()) or same_bits(first, second)
+
+
 @dataclass
 class Values:
     """Numbers for values, the same for both sides of a case.
@@ -116,14 +141,37 @@ class Values:
     _sketches: dict[tuple[int, ...], list[tuple[Sketch, int]]] = field(
         default_factory=dict[tuple[int, ...], list[tuple[Sketch, int]]]
     )
+    _weights: dict[tuple[torch.dtype, tuple[int, ...]], list[tuple[Tensor, int, int]]] = field(
+        default_factory=dict[tuple[torch.dtype, tuple[int, ...]], list[tuple[Tensor, int, int]]]
+    )
     _views: dict[tuple[int, str, str, int], int] = field(default_factory=dict[tuple[int, str, str, int], int])
 
-    def number_of(self, tensor: Tensor) -> int:
-        """The number of a tensor's value; a new one if it is met for the first time."""
-        key = fingerprint(tensor)
+    def number_of(self, tensor: Tensor, key: Fingerprint | None = None) -> int:
+        """The number of a tensor's value; a new one if it is met for the first time.
+
+        Receives:
+            tensor: any.
+            key: its fingerprint, if that is known already.
+        """
+        key = fingerprint(tensor) if key is None else key
         if key not in self._numbers:
             self._numbers[key] = self._near(tensor, key.shape) if self._is_rounded(tensor) else self._new()
         return self._numbers[key]
+
+    def number_of_weight(self, weight: Tensor) -> int:
+        """The number of a weight, which is not read where it lies in the memory of one that is known.
+
+        Only a large one is held by its place: its values are compared with those of others of its shape, if need be.
+        """
+        if weight.nbytes < _LARGE or weight.layout != torch.strided or weight.is_meta:
+            return self.number_of(weight)
+        known = self._weights.setdefault((weight.dtype, tuple(weight.shape)), [])
+        number = next((n for other, version, n in known if other._version == version and _is_same(other, weight)), None)
+        if number is None:
+            number = self._new()
+            self._numbers[Fingerprint(weight.dtype, tuple(weight.shape), b"weight %d" % number)] = number
+            known.append((weight.detach(), weight._version, number))
+        return number
 
     def number_of_view(self, base: int, name: str, arguments: str, place: int) -> int:
         """The number of a view of a weight, which need not be read for it."""

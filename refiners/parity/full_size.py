@@ -3,7 +3,8 @@
 Nothing is computed. After conversion, upstream's keys and shapes have to be exactly the port's.
 """
 
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class FullSizeResult:
     elements: int = 0
     """Their elements: the number of weights."""
     reason: str = ""
+    seconds: float = 0.0
 
     @property
     def lane(self) -> str:
@@ -51,6 +53,11 @@ def check_full_size(case: Case, name: str) -> FullSizeResult:
     """
     if name not in case.full_size:
         raise ParityError(f"{case.id} has no full size {name!r}. It has: {', '.join(case.full_size) or 'none'}.")
+    started = time.perf_counter()
+    return replace(_compare(case, name), seconds=round(time.perf_counter() - started, 4))
+
+
+def _compare(case: Case, name: str) -> FullSizeResult:
     pair = case.full_size[name]
     key_map = pair.key_map or case.key_map
     try:

@@ -1,90 +1,145 @@
 """Where gradients part, when both sides compute the same forward.
 
-On the way back, the gradient that arrives at each leaf is compared with the one that arrives at upstream's. The last
-leaf of the forward at which they differ is the first on the way back: what lies behind it sends another gradient
-(a detach, a value computed without autograd). A leaf that receives upstream's gradient and gives its own weights
-another one is wrong by itself (frozen, or told to skip a row).
+Both sides are traced forwards and backwards. From a gradient that is another one, the way leads back through values
+that upstream does not have to the operations that made them of values it has, as in `localise`: each of these goes back
+through one operation of the forward, whose module and line are named. A gradient that only upstream has says that
+nothing came back so far: something is detached, frozen, or computed without autograd.
 """
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from refiners.parity.fingerprint import Values
 from refiners.parity.leaves import Pairing, weight_leaves
-from refiners.parity.trace import tensors_in
+from refiners.parity.localise import Walk, producers, walk
+from refiners.parity.operations import Operation, Trace
+from refiners.parity.trace import record
 
-Arrived = dict[str, list[int]]
-"""Path of a leaf → the numbers of the gradients of its outputs, in the order in which they came."""
-
-
-@contextmanager
-def listening(model: nn.Module, values: Values, arrived: Arrived, order: list[str]) -> Generator[None, None, None]:
-    """Inside, what arrives at the leaves of a model during a backward pass is noted."""
-    with ExitStack() as stack:
-        for path, leaf in weight_leaves(model).items():
-
-            def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-                order.append(path)
-                for tensor in tensors_in(output):
-                    if tensor.requires_grad:
-                        cast(Any, tensor).register_hook(_noting(values, arrived.setdefault(path, [])))
-
-            stack.callback(leaf.register_forward_hook(leave).remove)
-        yield
-
-
-def _noting(values: Values, numbers: list[int]) -> Callable[[Tensor], None]:
-    def note(gradient: Tensor) -> None:
-        numbers.append(values.number_of(gradient))
-
-    return note
-
-
-def _of_weights(leaf: nn.Module, values: Values) -> list[int]:
-    given = [parameter.grad for parameter in leaf.parameters(recurse=False)]
-    return [values.number_of(gradient) for gradient in given if gradient is not None and bool(gradient.any())]
+MAX_TOLD = 6
 
 
 def explain_gradients(
     upstream: nn.Module,
     port: nn.Module,
-    run_upstream: Callable[[], object],
-    run_port: Callable[[], object],
+    run_upstream: Callable[[], Mapping[str, Tensor]],
+    run_port: Callable[[], Mapping[str, Tensor]],
     pairing: Pairing,
 ) -> list[str]:
     """What is wrong with the gradients of a port whose forward is right, a sentence each.
 
     Receives:
         upstream, port: both sides.
-        run_upstream, run_port: a forward and a backward of each, from the same cotangents.
+        run_upstream, run_port: a forward and a backward of each, from the same cotangents; they return the outputs.
         pairing: of the leaves.
     """
-    values, order = Values(), list[str]()
-    there: Arrived = {}
-    here: Arrived = {}
-    with listening(upstream, values, there, []):
-        run_upstream()
-    with listening(port, values, here, order):
-        run_port()
-    ours, theirs = weight_leaves(upstream), weight_leaves(port)
-    unlike = {path for path, other in pairing.items() if here.get(path, []) != there.get(other, [])}
-    last = next((path for path in reversed(order) if path in unlike), None)
-    told: list[str] = []
-    if last is not None:
-        told.append(f"gradients part behind `{last}`: it gets another one than upstream's `{pairing[last]}`")
-    for path, other in pairing.items():
-        if path in unlike or path not in theirs or other not in ours:
-            continue
-        if _of_weights(theirs[path], values) != _of_weights(ours[other], values):
-            told.append(f"`{path}` gets the gradient of upstream's `{other}` and gives its weights another one")
-    _clear(ours, theirs)
+    values = Values()
+    ours, theirs = (_traced(model, run, values) for model, run in ((upstream, run_upstream), (port, run_port)))
+    told = _Told(ours, theirs).all_of(_weights(upstream, port, pairing))
+    _clear(upstream)
+    _clear(port)
     return told
 
 
-def _clear(*sides: Mapping[str, nn.Module]) -> None:
-    for side in sides:
-        for leaf in side.values():
-            leaf.zero_grad(set_to_none=True)
+def _traced(model: nn.Module, run: Callable[[], Mapping[str, Tensor]], values: Values) -> Trace:
+    _clear(model)
+    trace, _ = record(model, run, values, gradients=True)
+    given = dict(model.named_parameters())
+    zero = [name for name in trace.gradients if not bool(given[name].grad.any())]  # pyright: ignore[reportOptionalMemberAccess]  # those of the trace have one
+    for name in zero:  # a gradient of zeros is none
+        del trace.gradients[name]
+    return trace
+
+
+def _clear(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
+def _weights(upstream: nn.Module, port: nn.Module, pairing: Pairing) -> list[tuple[str, str]]:
+    """Names of weights of the port and of upstream that stand for each other."""
+    ours, theirs = weight_leaves(upstream), weight_leaves(port)
+    found: list[tuple[str, str]] = []
+    for path, other in pairing.items():
+        if path in theirs and other in ours:
+            there = {name: p.shape for name, p in ours[other].named_parameters(recurse=False)}
+            here = {name: p.shape for name, p in theirs[path].named_parameters(recurse=False)}
+            same = [name for name in here if there.get(name) == here[name]]
+            found += [(_join(path, name), _join(other, name)) for name in same]
+    return found
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+class _Told:
+    """The walks back from gradients that differ."""
+
+    def __init__(self, upstream: Trace, port: Trace) -> None:
+        self.upstream, self.port = upstream, port
+        self._made = producers(upstream), producers(port)
+        self._known = upstream.known() | upstream.weights, port.known() | port.weights
+
+    def all_of(self, weights: list[tuple[str, str]]) -> list[str]:
+        """A sentence for each operation at which gradients part, and for what gets none."""
+        parted: dict[tuple[str, str], tuple[int, Operation, Walk, str]] = {}
+        without: list[str] = []
+        extra: list[str] = []
+        for name, other in weights:
+            here, there = self.port.gradients.get(name), self.upstream.gradients.get(other)
+            if here == there:
+                continue
+            if here is None:
+                without.append(f"`{name}`")
+            elif there is None:
+                extra.append(f"`{name}`")
+            else:
+                self._add(parted, name, here, there)
+        ordered = sorted(parted.values(), key=lambda item: item[0])
+        told = [self._sentence(operation, there, name) for _, operation, there, name in ordered[:MAX_TOLD]]
+        told += [f"no gradient arrives at {_some(without)}, and one does upstream{self._stopped()}"] if without else []
+        return told + ([f"a gradient arrives at {_some(extra)}, and none does upstream"] if extra else [])
+
+    def _stopped(self) -> str:
+        """The last operation of the forward through which upstream goes back and the port does not."""
+        ours, theirs = _gone_through(self.upstream), _gone_through(self.port)
+        stopped = [
+            op
+            for op in self.port.operations
+            if op.backward_of is None and set(op.outputs) & (ours - theirs) and not set(op.outputs) & set(op.inputs)
+        ]
+        if not stopped:
+            return ""
+        last = stopped[-1]
+        return f": it stops at `{last.name.removeprefix('aten.')}` in {self.port.place_of(last)}"
+
+    def _add(
+        self, parted: dict[tuple[str, str], tuple[int, Operation, Walk, str]], name: str, here: int, there: int
+    ) -> None:
+        way = walk(self._made[1], here, self._known[0])
+        right = walk(self._made[0], there, self._known[1])
+        for operation in way.frontier:
+            key = self.port.path_of(operation), str(operation.source)
+            parted.setdefault(key, (operation.index, operation, right, name))
+
+    def _sentence(self, operation: Operation, right: Walk, name: str) -> str:
+        told = f"gradients part at {self.port.place_of(operation)}: `{operation.name.removeprefix('aten.')}`"
+        related = [op for op in right.frontier if set(op.inputs) & set(operation.inputs)] or right.frontier
+        if related:
+            there = related[0]
+            place = self.upstream.place_of(there)
+            told += f" gives another one than upstream's `{there.name.removeprefix('aten.')}` at {place}"
+        else:
+            told += " makes one that upstream does not"
+        return f"{told}; it shows in that of `{name}`"
+
+
+def _gone_through(trace: Trace) -> set[int | None]:
+    """What the operations return that the way back leads through."""
+    indices = {op.backward_of for op in trace.operations if op.backward_of is not None}
+    return {number for index in indices for number in trace.operations[index].outputs}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
+    return f"{', '.join(names[:MAX_TOLD])}{more}"

@@ -140,9 +140,9 @@ def _norms(port: nn.Module) -> Iterator[Hypothesis]:
     if "Norm" not in type(port).__name__ or weight is None or weight.ndim != 1:
         return
     yield Hypothesis("when its weight counts from 1", edits.weight(port, "weight", weight.detach() + 1))
-    eps = next((port.__dict__[name] for name in EPS_NAMES if name in port.__dict__), 1e-6)
+    eps = next((port.__dict__[name] for name in EPS_NAMES if name in port.__dict__), None)
     shape, bias = tuple(weight.shape), getattr(port, "bias", None)
-    for value in (eps, *EPS):
+    for value in EPS if eps is None else (eps, *EPS):
         told = "" if value == eps else f" with an eps of {value}"
         yield Hypothesis(
             f"as an RMS norm{told}",
@@ -258,10 +258,10 @@ def of_attention(node: nn.Module) -> Iterator[Hypothesis]:
         "when the scale of attention is 1/√(embedding size)",
         put("scale", lambda s: (s["query"].shape[-1] * s["query"].shape[1]) ** -0.5),
     )
+    yield given("when the mask is inverted", put("attn_mask", lambda s: _inverted(s["attn_mask"])))
     yield given("when attention is not causal", put("is_causal", lambda s: False))
     yield given("when attention is causal", lambda s: s.update(is_causal=True, attn_mask=None))
     yield given("when attention ignores its mask", put("attn_mask", lambda s: None))
-    yield given("when the mask is inverted", put("attn_mask", lambda s: _inverted(s["attn_mask"])))
     yield given("when the mask is transposed", put("attn_mask", lambda s: s["attn_mask"].transpose(-1, -2)))
     yield given("when the mask is causal too", put("attn_mask", lambda s: s["attn_mask"].tril()))
     for shift in (-1, 1):

@@ -3,6 +3,9 @@
 In float64 the gradient of a weight that cannot change the outputs is exactly zero or rounding noise. Such weights (the
 bias of keys under a softmax, the rows of an unused head) have to be declared, with the reason; a declared weight that
 does influence the outputs is a stale line, and as wrong as a missing one.
+
+A gradient says that a weight could change the outputs; that its values do is another matter. A bias of zeros can be
+dropped and a scale of ones left out with no trace, and so upstream's own initialisation fails this proof.
 """
 
 import math
@@ -39,6 +42,35 @@ def matches(pattern: str, key: str) -> bool:
     parts = re.split(r"(\{\w*\}|\*)", pattern)
     regex = "".join(".*" if p == "*" else r"\d+" if p.startswith("{") else re.escape(p) for p in parts)
     return re.fullmatch(regex, key) is not None
+
+
+def neutral(weights: Mapping[str, Tensor]) -> list[str]:
+    """The weights whose values are all one number, so that something may ignore them, or their places, with no trace.
+
+    Receives:
+        weights: the floating ones of a model, by key.
+    """
+
+    def is_neutral(values: Tensor) -> bool:
+        flat = values.detach().flatten()
+        return bool((flat == flat[:1]).all()) and (flat.numel() > 1 or float(flat[0]) in (0.0, 1.0))
+
+    return [key for key, values in weights.items() if values.numel() and is_neutral(values)]
+
+
+def never_read(unread: Mapping[str, Collection[str]], declared: Mapping[str, str]) -> list[str]:
+    """The fault of a port that holds weights its forward never reads.
+
+    Receives:
+        unread: keys of the port, with the upstream keys that they stand for.
+        declared: pattern → reason, the case's `without_influence`. A weight is excused when all it stands for is there.
+    """
+
+    def is_declared(key: str) -> bool:
+        return any(matches(pattern, key) for pattern in declared)
+
+    left = [key for key, origins in unread.items() if not origins or not all(is_declared(key) for key in origins)]
+    return [f"the port's forward never reads {some(left)}"] if left else []
 
 
 def examine(

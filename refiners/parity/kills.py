@@ -8,7 +8,7 @@ another one does, is *masked* there: the case has no mask, one token, or upstrea
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,10 @@ from refiners.parity.equivalent import Line, why_not_equivalent
 from refiners.parity.lanes import Lane
 from refiners.parity.mutate import Bench, How, Mutant, Outcome, Trial, bench, lanes_of
 from refiners.parity.operators import OPERATORS
-from refiners.parity.witness import witnesses
+from refiners.parity.witness import one_of_each_role, witnesses
 
-SLOW = 0.15
-"""Seconds of a forward. Of a case that takes longer (real weights, say) only some mutants are tried."""
+SLOW = 0.5
+"""Seconds of a forward, on a processor. Of a case that takes longer (real weights, say) only some mutants are tried."""
 MUTANTS_OF_SLOW_CASES = 20
 
 
@@ -36,7 +36,8 @@ class Settings:
     per_case: int | None = None
     """Tries at most that many mutants of each case."""
     every_case: bool = False
-    """Plants a fault in every case that has its place, killed before or not: needed to tell what each case earns."""
+    """Tells what each case and each input earns: a fault is planted until two cases have told it, not one, and of the
+    faults of layers that play one role only the first."""
     equivalents: Sequence[Line] = ()
     keyword: str = ""
     """Only mutants whose id contains this text."""
@@ -171,6 +172,7 @@ class _Hunt:
         self.family = Family(name)
         self.cases, self.settings, self.progress = cases, settings, progress
         self.killed: set[str] = set()
+        self.killers: dict[str, set[str]] = {}
         self.started = time.monotonic()
         self.budget = None if settings.budget is None else settings.budget / families
 
@@ -179,7 +181,7 @@ class _Hunt:
             for number, case in enumerate(self.cases, start=1):
                 self._try_case(case, until=self._time_of(number / len(self.cases)))
                 if self.settings.every_case:
-                    self.family.inputs[case.id] = witnesses(case, self.family.trials)
+                    self.family.inputs[case.id] = witnesses(case)
             self._try_open_elsewhere()
             self._prove()
         except KeyboardInterrupt:
@@ -195,7 +197,7 @@ class _Hunt:
     def _benches(self, case: Case) -> Iterator[Bench]:
         """The case in each lane that operators want, built anew."""
         lanes = dict.fromkeys(lane for name in OPERATORS for lane in lanes_of(name, case))
-        for lane in sorted(lanes, key=lambda lane: lane.is_truth):
+        for lane in sorted(lanes, key=lambda lane: not lane.is_truth):
             try:
                 with bench(case, lane) as built:
                     yield built
@@ -206,14 +208,18 @@ class _Hunt:
     def _try_case(self, case: Case, until: float) -> None:
         for built in self._benches(case):
             planned = [m for m in built.mutants_of_lane() if self.settings.keyword in m.id]
+            if self.settings.every_case:
+                planned = [m for m in one_of_each_role(planned) if len(self.killers.get(m.role, ())) < 2]
+            else:
+                planned = [mutant for mutant in planned if mutant.fault not in self.killed]
             # By the fault alone: where time runs out, all cases have tried the same faults.
             planned.sort(key=lambda mutant: random.Random(f"{self.settings.seed}:{mutant.fault}").random())
-            if not self.settings.every_case:
-                planned = [mutant for mutant in planned if mutant.fault not in self.killed]
             if built.seconds > SLOW:
                 self.family.left_out += max(0, len(planned) - MUTANTS_OF_SLOW_CASES)
                 planned = planned[:MUTANTS_OF_SLOW_CASES]
             self._try(built, planned[: self.settings.per_case], until)
+            if not any(m.fault not in self.killed and OPERATORS[m.operator].lanes == "half" for m in built.mutants()):
+                break  # no mistake of precision is left for the other lane: it need not be built
 
     def _try(self, built: Bench, planned: Sequence[Mutant], until: float) -> None:
         for number, mutant in enumerate(planned):
@@ -224,6 +230,7 @@ class _Hunt:
             self.family.trials.append(trial)
             if trial.outcome is Outcome.KILLED:
                 self.killed.add(mutant.fault)
+                self.killers.setdefault(mutant.role, set()).add(mutant.case)
             if self.progress:
                 where = f"{built.case.id}[{built.lane.name}]"
                 self.progress(where, number + 1, len(planned), self.family)
@@ -231,22 +238,20 @@ class _Hunt:
     def _try_open_elsewhere(self) -> None:
         """Faults that survived are planted in the cases and lanes of the family in which they were not tried."""
         tried = {(trial.case, trial.lane, trial.fault) for trial in self.family.trials}
-        lanes = {(trial.case, trial.fault): trial.lane for trial in self.family.trials}
         until = self._time_of(1 / 0.9)
         for case in self.cases if self.family.open else ():
             if time.monotonic() > until:
                 break
-            if all(self._is_done(case, fault, lanes) for fault in self.family.open):
+            if all(self._is_done(case, fault, tried) for fault in self.family.open):
                 continue
             for built in self._benches(case):
                 wanted = [m for m in built.mutants_of_lane() if m.fault in self.family.open]
                 wanted = [m for m in wanted if (case.id, built.lane.name, m.fault) not in tried]
                 self._try(built, wanted, until)
 
-    def _is_done(self, case: Case, fault: str, lanes: Mapping[tuple[str, str], str]) -> bool:
-        """Whether a case has tried a fault in the last of its lanes."""
-        wanted = lanes_of(fault.split("::")[0], case)
-        return not wanted or lanes.get((case.id, fault)) == wanted[-1].name
+    def _is_done(self, case: Case, fault: str, tried: Collection[tuple[str, str, str]]) -> bool:
+        """Whether a case has tried a fault in all of its lanes."""
+        return all((case.id, lane.name, fault) in tried for lane in lanes_of(fault.split("::")[0], case))
 
     def _prove(self) -> None:
         """Holds the claims about equivalent mutants against what survived."""

@@ -61,3 +61,10 @@ def pairings(upstream: nn.Module, port: nn.Module, upstream_keys: Mapping[str, s
     first = {**by_key, **by_storage}
     second = {**by_storage, **by_key}
     return [first] if first == second else [first, second]
+
+
+def keys_of_same(upstream: nn.Module, right: Mapping[str, Tensor]) -> dict[str, str]:
+    """Port key → upstream key, where both are the same whole tensor."""
+    places = {(tensor.data_ptr(), tensor.shape): key for key, tensor in upstream.state_dict().items()}
+    found = {key: places.get((tensor.data_ptr(), tensor.shape)) for key, tensor in right.items()}
+    return {key: other for key, other in found.items() if other is not None}

@@ -7,8 +7,9 @@
     cause = "upstream adds the two biases one after the other, the port adds their sum"
     until = "transformers releases the fused addition"
 
-A line excuses exactly the verdict it names. A line whose case is equal by now, or is not registered any more, is an
-error: nobody has to wonder which lines still hold.
+A line excuses exactly the verdict it names. One with `dtypes = true` also excuses sides that compute in other dtypes
+(see `refiners.parity.precision`); its verdict is then that of the values alone, and may be "BITWISE". A line whose case
+is equal by now, or is not registered any more, is an error: nobody has to wonder which lines still hold.
 """
 
 import tomllib
@@ -30,6 +31,8 @@ class Line:
     verdict: Verdict
     cause: str
     until: str
+    dtypes: bool = False
+    """Whether other dtypes may compute the values."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,26 @@ class Ledger:
         line = self.lines.get((result.case, result.lane))
         if line is None:
             return _unexcused(result)
+        if line.dtypes:
+            return self._judge_besides_dtypes(line, result)
         if result.verdict is line.verdict:
             return Judgement(True, f"{result.verdict}, known: {line.cause}", result.verdict is Verdict.DIFFERENT)
         if result.verdict is Verdict.DIFFERENT:
             return Judgement(False, f"DIFFERENT, while {self.name} excuses {line.verdict} only: {result.reason}")
         stale = f"{self.name} says {line.verdict}, but it is {result.verdict} now"
         return Judgement(False, f"{stale}: {'remove' if result.verdict is Verdict.BITWISE else 'change'} the line")
+
+    def _judge_besides_dtypes(self, line: Line, result: Result) -> Judgement:
+        found = result.besides_dtypes
+        if found is line.verdict:
+            return Judgement(True, f"{found} in other dtypes, known: {line.cause}", True)
+        if found is Verdict.DIFFERENT or (found is None and result.verdict is Verdict.DIFFERENT):
+            told = f"{self.name} excuses {line.verdict} in other dtypes only"
+            return Judgement(False, f"DIFFERENT, while {told}: {result.reason}")
+        if found is not None:
+            return Judgement(False, f"{self.name} says {line.verdict}, but the values are {found} now: change the line")
+        advice = "remove the line" if result.verdict is Verdict.BITWISE else "remove `dtypes`"
+        return Judgement(False, f"{self.name} excuses other dtypes, but they agree now: {advice}")
 
     def stale(self, registered: Collection[tuple[str, str]], *, complete: bool) -> list[str]:
         """Lines about a case or lane that does not exist.
@@ -118,13 +135,18 @@ def _unexcused(result: Result) -> Judgement:
 def _read(number: int, table: Mapping[str, Any], lines: list[Line], problems: list[str]) -> None:
     names = ("id", "lane", "verdict", "cause", "until")
     missing = [name for name in names if not str(table.get(name, "")).strip()]
-    unknown = [name for name in table if name not in names]
-    verdicts = (Verdict.ROUNDING, Verdict.DIFFERENT)
+    unknown = [name for name in table if name not in (*names, "dtypes")]
+    dtypes = table.get("dtypes", False)
+    verdicts = (Verdict.BITWISE, Verdict.ROUNDING) if dtypes else (Verdict.ROUNDING, Verdict.DIFFERENT)
     if missing or unknown:
         wrong = [f"lacks {', '.join(missing)}"] if missing else []
         wrong += [f"has an unknown {', '.join(unknown)}"] if unknown else []
         problems.append(f"line {number} {' and '.join(wrong)}")
+    elif dtypes not in (True, False):
+        problems.append(f"line {number} has `dtypes`, which is true or false, got {dtypes!r}")
     elif table["verdict"] not in verdicts:
-        problems.append(f"line {number} may excuse {' or '.join(verdicts)}, got {table['verdict']!r}")
+        told = " with `dtypes = true`" if dtypes else ""
+        problems.append(f"line {number} may excuse {' or '.join(verdicts)}{told}, got {table['verdict']!r}")
     else:
-        lines.append(Line(table["id"], table["lane"], Verdict(table["verdict"]), table["cause"], table["until"]))
+        verdict = Verdict(table["verdict"])
+        lines.append(Line(table["id"], table["lane"], verdict, table["cause"], table["until"], bool(dtypes)))

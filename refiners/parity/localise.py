@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from refiners.parity.leaves import Pairing
+from refiners.parity.operations import ModuleCall, Operation, Trace
 from refiners.parity.teacher import Point, Where
-from refiners.parity.trace import ModuleCall, Operation, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Finding:
         return self.port, self.is_leaf
 
 
+MOST_IN_REGION = 40
+
 _JOINING = frozenset({"aten.add", "aten.sub", "aten.mul", "aten.div", "aten.cat"})
 
 
@@ -67,8 +69,8 @@ class Locator:
         self.wrong_leaves = set(wrong_leaves)
         self._known_upstream = upstream.known()
         self._known_here = port.known()
-        self._made_upstream = _producers(upstream)
-        self._made_here = _producers(port)
+        self._made_upstream = producers(upstream)
+        self._made_here = producers(port)
         self._took_for: dict[int, int] = {}
 
     def find(self, points: Sequence[Point]) -> list[Finding]:
@@ -103,8 +105,8 @@ class Locator:
         taught = {number for number in point.expected if number not in self._made_here}
         findings: list[Finding] = []
         for expected, actual in wrong:
-            here = _walk(self._made_here, actual, self._known_upstream | self.port.weights)
-            there = _walk(self._made_upstream, expected, (self._known_here - taught) | self.upstream.weights)
+            here = walk(self._made_here, actual, self._known_upstream | self.port.weights)
+            there = walk(self._made_upstream, expected, (self._known_here - taught) | self.upstream.weights)
             new = [operation for operation in here.frontier if not self._is_echo(operation)]
             if new or not here.frontier:
                 findings += self._blame(point, actual, replace(here, frontier=new), there)
@@ -127,8 +129,8 @@ class Locator:
             point=point,
             is_leaf=False,
             upstream_operations=tuple(there.frontier[:8]),
-            region=tuple(there.visited[:12]),
-            port_region=tuple(here.visited[:12]),
+            region=tuple(there.visited[:MOST_IN_REGION]),
+            port_region=tuple(here.visited[:MOST_IN_REGION]),
         )
         findings: list[Finding] = []
         by_path: dict[str, list[Operation]] = {}
@@ -220,7 +222,9 @@ class Locator:
             return makers[0], tuple(makers[1:])
         # Else it is missing in the innermost node that holds both the maker of the value and whoever receives it.
         maker = next((call.path for call in reversed(self.port.calls) if actual in call.outputs), "")
-        return (common_path(consumer, maker) if maker else consumer), ()
+        made = [call.path for call in self.port.calls if actual in call.outputs and actual not in call.inputs]
+        suspects = tuple(path for path in made[-1:] if path and path not in self.pairing)
+        return (common_path(consumer, maker) if maker else consumer), suspects
 
     def _unpaired_module(self, there: list[Operation]) -> str:
         """The largest module of upstream around the frontier none of whose leaves the port has."""
@@ -273,7 +277,7 @@ def common_path(first: str, second: str) -> str:
     return ".".join(shared)
 
 
-def _producers(trace: Trace) -> dict[int, Operation]:
+def producers(trace: Trace) -> dict[int, Operation]:
     """Number of a value → the first operation that made it of other ones."""
     found: dict[int, Operation] = {}
     for operation in trace.operations:
@@ -293,7 +297,14 @@ class Walk:
     """All operations on the way, in order."""
 
 
-def _walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
+def walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
+    """The way back from a value.
+
+    Receives:
+        made: from `producers`.
+        start: the number of the value.
+        known: where to stop.
+    """
     if start in known:
         return Walk([], [])
     frontier: dict[int, Operation] = {}

@@ -14,6 +14,7 @@ and holds both results together:
 | `saved` | a new model with weights that went through a safetensors file |
 | `compiled` | `torch.compile` in one graph, run by the interpreter |
 | `checkpointed` | against an upstream that recomputes its activations, gradients included |
+| `recomputed` | a `CheckpointAdapter` around its outermost Chains, gradients included |
 | `cuda` | on a CUDA device |
 
 A cell compares in float64, where rounding and faults are nine orders of magnitude apart: bits where nothing may change
@@ -28,45 +29,28 @@ would generate.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from refiners.conversion import read_state_dict, write_state_dict
 from refiners.errors import ParityError
-from refiners.parity import rounding
+from refiners.parity.bits import same_bits
 from refiners.parity.case import Case, Inputs
-from refiners.parity.influence import matches
-from refiners.parity.inputs import copy_for_one_side, draw_inputs, map_tensors, place_inputs
+from refiners.parity.checkpointed import checkpointed, recomputed
+from refiners.parity.inputs import map_tensors, place_inputs
 from refiners.parity.lanes import Lane, held_equal
-from refiners.parity.modules import modules
-from refiners.parity.pairing import Kind, Pair, pair_gradients, pair_outputs
-from refiners.parity.runner import CaseRunner
-from refiners.parity.side import Observed, observe
+from refiners.parity.pairing import Kind, Pair
+from refiners.parity.scene import NotApplicable, Outcome, Outputs, Scene, unequal
 from refiners.parity.time_limit import time_limit
-from refiners.parity.torch_state import default_dtype, seed_torch
-from refiners.parity.verdict import compare
+from refiners.parity.torch_state import default_dtype
 from refiners.parity.weights import floating_entries
 
-Outputs = Mapping[str, Tensor]
 EXACT = frozenset({"repeats", "copied", "saved", "compiled"})
 """Cells that may not change a bit."""
-
-
-class Outcome(StrEnum):
-    """What became of a cell."""
-
-    HOLDS = "holds"
-    AS_UPSTREAM = "as upstream"
-    """The relation holds on neither side, and both break it equally."""
-    BROKEN = "BROKEN"
-    NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,43 +72,6 @@ class Finding:
         return f"{self.case} {self.cell}: {self.outcome}{f': {self.reason}' if self.reason else ''}"
 
 
-class _NotApplicable(Exception):
-    """A cell has nothing to say about a case; the text says why."""
-
-
-class Scene:
-    """A case with both of its sides, ready to be run and changed.
-
-    Receives:
-        case: whose sides are built, with one set of weights.
-    """
-
-    def __init__(self, case: Case) -> None:
-        self.case, self.lane = case, Lane("float64")
-        self.runner = CaseRunner(case)
-        self.upstream, self.port = self.runner.sides(self.lane)[:2]
-        self.inputs: Inputs = place_inputs(draw_inputs(case), self.lane.dtype, self.lane.device)
-
-    def run(self, model: nn.Module, inputs: Inputs | None = None, *, is_port: bool = True) -> Outputs:
-        """The outputs of a model, which may be another than that of the scene, as tensors of their own."""
-        run = self.case.run_port if is_port else self.case.run_upstream
-        seed_torch(self.case.seed)
-        with torch.no_grad():
-            outputs = run(model, copy_for_one_side(self.inputs if inputs is None else inputs, gradients=False))
-        return {name: tensor.detach().clone() for name, tensor in outputs.items()}
-
-    @cached_property
-    def first(self) -> tuple[Outputs, Outputs]:
-        """What upstream and the port compute, unchanged."""
-        return self.run(self.upstream, is_port=False), self.run(self.port)
-
-    def built_anew(self) -> nn.Module:
-        """The port as its builder makes it, with weights of its own and another seed."""
-        seed_torch(self.case.seed + 1)
-        with default_dtype(self.lane.dtype):
-            return self.case.port().eval()
-
-
 Change = Callable[[Scene, nn.Module, bool], Outputs]
 """Runs a model of a scene in the changed way; the flag says whether it is the port."""
 
@@ -143,13 +90,23 @@ def _batch(scene: Scene, model: nn.Module, is_port: bool) -> Outputs:
         raise ParityError(f"The inputs {', '.join(axes)} hold different numbers of items: {sorted(sizes)}.")
     count = sizes.pop()
     if count < 2:
-        raise _NotApplicable("its inputs are a batch of one")
+        raise NotApplicable("its inputs are a batch of one")
 
     def item(index: int) -> Inputs:
         return {name: v.narrow(axes[name], index, 1) if name in axes else v for name, v in scene.inputs.items()}
 
     outputs = [scene.run(model, item(index), is_port=is_port) for index in range(count)]
-    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+    whole = scene.first[is_port]
+    return {name: _together([output[name] for output in outputs], whole.get(name)) for name in outputs[0]}
+
+
+def _together(items: list[Tensor], whole: Tensor | None) -> Tensor:
+    """An output of single items as the batch has it: one after the other, or, where no axis is theirs, the same."""
+    first = items[0]
+    is_common = whole is not None and whole.shape == first.shape
+    if is_common and all(same_bits(item, first) for item in items):
+        return first
+    return torch.cat(items) if first.ndim else torch.stack(items)
 
 
 def _batch_axes(scene: Scene) -> Mapping[str, int]:
@@ -230,13 +187,13 @@ def _compiled(scene: Scene, model: nn.Module, is_port: bool) -> Outputs:
     finally:
         cast(Any, torch.compiler).reset()
     if not graphs:
-        raise _NotApplicable("it runs parts of the model only, never the model that is compiled")
+        raise NotApplicable("it runs parts of the model only, never the model that is compiled")
     return outputs
 
 
 def _cuda(scene: Scene, model: nn.Module, is_port: bool, *, device: str = "cuda") -> Outputs:
     if device == "cuda" and not torch.cuda.is_available():
-        raise _NotApplicable("torch sees no CUDA device here")
+        raise NotApplicable("torch sees no CUDA device here")
     made = copy.deepcopy(model).to(device)
     outputs = scene.run(made, place_inputs(scene.inputs, scene.lane.dtype, device), is_port=is_port)
     return {name: tensor.to(scene.lane.device) for name, tensor in outputs.items()}
@@ -252,7 +209,8 @@ CHANGES: dict[str, Change] = {
     "compiled": _compiled,
     "cuda": _cuda,
 }
-CELLS = (*CHANGES, "checkpointed")
+GRADIENTS = {"checkpointed": checkpointed, "recomputed": recomputed}
+CELLS = (*CHANGES, *GRADIENTS)
 
 
 # Judging
@@ -299,8 +257,8 @@ def _outcome(case: Case, cell: str, scenes: list[Scene]) -> tuple[Outcome, str]:
             if not scenes:
                 scenes.append(Scene(case))
             scene = scenes[0]
-            return _checkpointed(scene) if cell == "checkpointed" else _related(scene, cell)
-    except _NotApplicable as told:
+            return GRADIENTS[cell](scene) if cell in GRADIENTS else _related(scene, cell)
+    except NotApplicable as told:
         return Outcome.NOT_APPLICABLE, str(told)
     except Exception as error:  # a port's, a case's or torch's
         cause = getattr(error, "error", error)  # of the stage of a runner
@@ -324,61 +282,4 @@ def _apart(before: Outputs, after: Outputs, *, exact: bool) -> str:
     if before.keys() != after.keys():
         return f"the outputs are {', '.join(after)}, before {', '.join(before)}"
     pairs = [Pair(name, Kind.OUTPUT, tensor, after[name]) for name, tensor in before.items()]
-    return _unequal(pairs, exact=exact)
-
-
-def _unequal(pairs: Sequence[Pair], *, exact: bool = False) -> str:
-    for pair in pairs:
-        found = compare(pair, None)
-        rounded = found.difference is not None and not found.fault and rounding.agrees_in_float64(found.difference)
-        if not found.bitwise and (exact or not rounded):
-            why = f": {found.fault}" if found.fault else ""
-            return f"{pair} changes{why}{f' ({found.worst})' if found.worst else ''}"
-    return ""
-
-
-def _checkpointed(scene: Scene) -> tuple[Outcome, str]:
-    """Upstream recomputing its activations, against the port, which does so too where it can."""
-    case = scene.case
-    if not case.gradients:
-        raise _NotApplicable("the case compares no gradients")
-    if not callable(getattr(scene.upstream, "gradient_checkpointing_enable", None)):
-        raise _NotApplicable("upstream has no gradient checkpointing")
-    plain = _calls(scene, scene.upstream)[1]
-    ours, recomputed = _calls(scene, _checkpointing(scene.upstream))
-    if recomputed <= plain:
-        raise _NotApplicable("upstream recomputes nothing with its gradient checkpointing on")
-    can = callable(getattr(scene.port, "gradient_checkpointing_enable", None))
-    theirs, _ = _calls(scene, _checkpointing(scene.port) if can else scene.port, is_port=True)
-    pairs, faults = pair_outputs(ours, theirs)
-    gradients, more = pair_gradients(ours, theirs, (scene.upstream, scene.port), case.key_map)
-    pairs += [pair for pair in gradients if not any(matches(noise, pair.name) for noise in case.without_influence)]
-    reason = "; ".join([*faults, *more]) or _unequal(pairs)
-    return (Outcome.BROKEN, reason) if reason else (Outcome.HOLDS, "")
-
-
-def _checkpointing(model: nn.Module) -> nn.Module:
-    """A copy that trains, as recomputing asks for, without dropping anything."""
-    made = copy.deepcopy(model).train()
-    for module in modules(made):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    cast(Any, made).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return made
-
-
-def _calls(scene: Scene, model: nn.Module, *, is_port: bool = False) -> tuple[Observed, int]:
-    """Outputs and gradients of a model, and how many modules were called on the way, the backward pass included."""
-    case, called = scene.case, [0]
-
-    def count(_: nn.Module, __: Any) -> None:
-        called[0] += 1
-
-    handle = register_module_forward_pre_hook(count)
-    try:
-        run = case.run_port if is_port else case.run_upstream
-        dtype = scene.lane.dtype
-        seen = observe(model, run, scene.inputs, taps={}, gradients=True, seed=case.seed, rounded_to=dtype)
-    finally:
-        handle.remove()
-    return seen, called[0]
+    return unequal(pairs, exact=exact)

@@ -5,10 +5,11 @@ after both sides share their weights and taken back afterwards. A mutant that th
 could not tell such a mistake in a real port either. `refiners.parity.kills` gathers what all cases of a family tell.
 
 Mutants run in the float64 lane, where rounding hides nothing that is larger than 1e-16: an eps of 1e-11 for 1e-12
-changes no bit of a float32 norm. Mistakes of precision are tried in bfloat16 first, where they hide best: many a kernel
-computes in float32 by itself there. The float64 lane tells those that bfloat16 cannot.
+changes no bit of a float32 norm. Mistakes of precision that it does not tell are tried in bfloat16 as well; most hide
+better there, since many a kernel computes in float32 by itself.
 """
 
+import copy
 import re
 import time
 import warnings
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from refiners.errors import ParityError
-from refiners.parity import call_operators, verdict
+from refiners.parity import call_operators, formula_operators, image_operators, verdict
 from refiners.parity.bits import same_bits
 from refiners.parity.calls import record
-from refiners.parity.case import Case, Outputs
+from refiners.parity.case import Case, Inputs, Outputs
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, named_tensors, place_inputs
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.operators import OPERATORS, Operator, Site, sites
@@ -35,7 +36,7 @@ from refiners.parity.result import Verdict
 from refiners.parity.runner import CaseRunner
 from refiners.parity.side import Observed
 
-_ = call_operators  # it registers its operators when it is imported
+_ = call_operators, formula_operators, image_operators  # they register their operators when they are imported
 
 
 class Outcome(StrEnum):
@@ -133,17 +134,18 @@ class Bench:
         self._forward = self._outputs(self.upstream)
         self._backward: Observed | None = None
         self._snapshot = Snapshot(self.port)
-        started = time.perf_counter()
+        started = time.process_time()
         self.require_equal()
-        self.seconds = time.perf_counter() - started
+        self.seconds = time.process_time() - started
+        self._snapshot.settle()
         """What one forward of the port costs, compared."""
         self.seen = record(self.port, lambda: self._run(self.port))
 
-    def _run(self, model: nn.Module) -> Outputs:
-        run = self.case.run_upstream if model is self.upstream else self.case.run_port
-        return run(model, copy_for_one_side(self._inputs, gradients=False))
+    def _run(self, model: nn.Module, inputs: Inputs | None = None) -> Outputs:
+        run = self.case.run_port if model is self.port else self.case.run_upstream
+        return run(model, copy_for_one_side(self._inputs if inputs is None else inputs, gradients=False))
 
-    def _outputs(self, model: nn.Module) -> Observed:
+    def _outputs(self, model: nn.Module, inputs: Inputs | None = None) -> Observed:
         """Outputs and taps, and nothing else: most mutants need no more to be told."""
         seen = Observed()
         torch.default_generator.manual_seed(self.case.seed)
@@ -155,9 +157,9 @@ class Bench:
                 def keep(module: nn.Module, args: Any, output: Any, calls: list[Tensor] = calls) -> None:
                     calls.extend([tensor.clone() for _, tensor in named_tensors(output)][:1])
 
-                tapped = model.get_submodule(other if model is self.upstream else path)
+                tapped = model.get_submodule(path if model is self.port else other)
                 stack.callback(tapped.register_forward_hook(keep).remove)
-            seen.outputs = dict(self._run(model))
+            seen.outputs = dict(self._run(model, inputs))
         return seen
 
     def _look(self, model: nn.Module) -> Observed:
@@ -218,6 +220,27 @@ class Bench:
         seconds = round(time.perf_counter() - started, 4)
         return Trial(self.case.id, mutant.fault, mutant.role, self.lane.name, outcome, how, detail, seconds)
 
+    def verdict_on(self, mutant: Mutant, truth: Observed, float64: Verdict | None) -> Verdict:
+        """What the law says about the outputs of a port with a fault; DIFFERENT where it raises.
+
+        Receives:
+            truth: upstream in float64 on this lane's weights and inputs.
+            float64: the verdict on the same fault in the float64 lane; it is not read in that lane.
+        """
+        right = truth_tensors(truth)
+        with self.planted(mutant):
+            try:
+                pairs, faults = pair_outputs(self._forward, self._outputs(self.port))
+            except Exception:
+                return Verdict.DIFFERENT
+            compared = [verdict.compare(pair, right.get((pair.kind, pair.name))) for pair in pairs]
+            return verdict.judge(compared, faults, self.lane, float64_verdict=float64)[0]
+
+    def truth(self) -> Observed:
+        """Upstream's outputs in float64, on this lane's weights and inputs."""
+        exact = copy.deepcopy(self.upstream).to(torch.float64)
+        return self._outputs(exact, place_inputs(self._inputs, torch.float64, self.lane.device))
+
     def _compare(self, *, gradients: bool) -> tuple[How | None, str]:
         if not gradients:
             theirs = self._outputs(self.port)
@@ -277,4 +300,4 @@ def lanes_of(operator: str, case: Case) -> list[Lane]:
     if "float64" not in case.lanes:
         return []
     is_half = OPERATORS[operator].lanes == "half" and "bfloat16" in case.lanes
-    return [Lane("bfloat16"), Lane("float64")] if is_half else [Lane("float64")]
+    return [Lane("float64"), Lane("bfloat16")] if is_half else [Lane("float64")]

@@ -77,7 +77,7 @@ class Operator:
     name: str
     find: Find
     lanes: Lanes = "any"
-    """"half": a mistake of precision, planted in the bfloat16 lane as well, where it hides best."""
+    """"half": a mistake of precision, planted in the bfloat16 lane as well where float64 does not tell it."""
 
     @property
     def what(self) -> str:
@@ -99,12 +99,12 @@ def operator(name: str, lanes: Lanes = "any") -> Callable[[Find], Find]:
 
 
 def sites(model: nn.Module, seen: Mapping[str, Seen]) -> list[Site]:
-    """Every node below the model that ran, each once, in the order of the tree."""
+    """Every node below the model that ran, each once, in the order of the tree; or the model, if it is a leaf."""
     modules = dict(named_modules(model, every_name=True))
     return [
-        Site(path, module, modules[path.rpartition(".")[0]], seen[path])
+        Site(path, module, modules[path.rpartition(".")[0]] if path else None, seen[path])
         for path, module in named_modules(model)
-        if path and path in seen
+        if path in seen and (path or not any(True for _ in module.children()))
     ]
 
 
@@ -312,20 +312,29 @@ def heads(site: Site) -> Ways:
         yield "rolled", with_forward(site.module, lambda original, *args: original(*args).roll(width // count, -1))
 
 
+_HANDED_ON = ("training", "inplace", "norm_type", "sparse", "scale_grad_by_freq", "transposed", "output_padding")
+"""Attributes that torch's own layers hand on to functions that make no use of them here."""
+_NOT_HERE = frozenset((*_HANDED_ON, "num_heads", "num_groups", "groups", "kernel_size", "padding_idx"))
+"""Those, and what other operators spoil."""
+
+
 @operator("attribute")
 def attribute(site: Site) -> Ways:
     """A number or a switch of a node is another."""
     if not (site.is_leaf or isinstance(site.module, Concatenate)):
         return
-    for name in ("index", "start", "end", "step", "token_id", "scale", "bias", "interpolate", "dim", "is_causal"):
-        value = site.module.__dict__.get(name)
+    names = site.seen.reads if site.is_leaf else {"dim"}
+    for name, value in site.module.__dict__.items():
+        if name not in names or name in _NOT_HERE:
+            continue
         if isinstance(value, bool):
             yield f"{name} {not value}", with_attribute(site.module, name, not value)
         elif isinstance(value, int):
             for other in (value + 1, value - 1):
                 yield f"{name} {value} to {other}", with_attribute(site.module, name, other)
         elif isinstance(value, float):
-            yield f"{name} {value:g} to {value * 1.1:g}", with_attribute(site.module, name, value * 1.1)
+            other = value * 1.1 if value else 0.1
+            yield f"{name} {value:g} to {other:g}", with_attribute(site.module, name, other)
 
 
 # --- precision and the backward pass ------------------------------------------------------------------------------
@@ -372,4 +381,13 @@ def detach(site: Site) -> Ways:
     """No gradient flows back through a node."""
     output = site.seen.output
     if isinstance(output, Tensor) and output.is_floating_point():
-        yield "", with_forward(site.module, lambda original, *args: original(*args).detach())
+        yield "", with_forward(site.module, lambda original, *args: cut_off(original(*args)))
+
+
+def cut_off(x: Tensor) -> Tensor:
+    """The same numbers without their past.
+
+    They ask for a gradient of their own, as what follows them is used to: the backward pass of a group norm crashes
+    torch 2.13.0 where its input asks for none.
+    """
+    return x.detach().requires_grad_(torch.is_grad_enabled())

@@ -123,9 +123,17 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._nodes = list(_nodes(model))
+        self._restless: frozenset[str] = frozenset()
+
+    def settle(self) -> None:
+        """Whatever differs now is a state that every forward leaves behind: it is no difference from now on."""
+        self._restless = frozenset(self._all_differences())
 
     def differences(self) -> Iterator[str]:
         """What has changed since, a path and what is different there each."""
+        return (told for told in self._all_differences() if told not in self._restless)
+
+    def _all_differences(self) -> Iterator[str]:
         now = list(_nodes(self.model))
         if [(node.path, id(node.module)) for node in now] != [(node.path, id(node.module)) for node in self._nodes]:
             yield "the nodes are not the same, or stand in another order"

@@ -13,23 +13,31 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from refiners.parity.plugin_selection import Choice, Collected, Harvest
+
 if TYPE_CHECKING:
     from refiners.parity.runner import CaseRunner
     from refiners.parity.suite import AnyResult, Item
+    from refiners.parity.told import Told
 
 _PROPERTY = "refiners-parity"
+_REGISTERED = "registered"
+"""The name of the item that fails when something cannot be registered."""
 _SECONDS_TO_EXPLAIN = 20.0
 _SHORTENED: dict[str, dict[str, Any]] = {
     "device": {"default": "cpu", "choices": ("cpu", "cuda", "all"), "help": "where parity cases run"},
     "lanes": {"default": "", "metavar": "DTYPES", "help": "restrict parity cases to these dtypes"},
+    "shard": {"default": "", "metavar": "2/5", "help": "run this share of all tests; all shares take about as long"},
+    "changed": {"action": "store_true", "help": "only what changed since it passed: port, case, engine, upstream"},
 }
-_FILTERS = ("keyword", "markexpr", "deselect", "lf", "failedfirst", "stepwise", "collectonly", "maxfail", "shard")
+_FILTERS = ("keyword", "markexpr", "deselect", "lf", "failedfirst", "stepwise", "collectonly", "maxfail")
 
 
 class ParityOptions:
@@ -43,9 +51,14 @@ class ParityOptions:
         self.json = _path(config, "--parity-json")
         self.ledger = _path(config, "--parity-ledger")
         self.baseline = _path(config, "--parity-baseline")
+        self.html = _path(config, "--parity-html")
+        self.summary = _path(config, "--parity-summary")
         self.registered: list[str] = []
-        self.rows: list[dict[str, Any]] = []
+        self.harvest = Harvest(_PROPERTY, is_worker=hasattr(config, "workerinput"))
         self.problems: list[str] = []
+        self.sources: list[str] = []
+        shard, changed = str(config.getoption("parity_shard") or ""), bool(config.getoption("parity_changed"))
+        self.choice = Choice(shard, changed, _ids_of, self.registered)
 
 
 _OPTIONS = pytest.StashKey[ParityOptions]()
@@ -69,6 +82,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(f"--parity-{name}", dest=f"parity_{name}", **settings)
     group.addoption("--parity-json", metavar="PATH", help="write the results to this parity.json")
     group.addoption("--parity-ledger", metavar="PATH", help="the ledger that excuses results that are not bitwise")
+    group.addoption("--parity-html", metavar="DIR", help="write a page about the cases: DIR/index.html")
+    group.addoption("--parity-summary", metavar="PATH", help="write a short summary; in a GitHub job it is appended")
     group.addoption("--parity-baseline", metavar="PATH", help="a committed parity.json; comparing less is an error")
 
 
@@ -78,7 +93,7 @@ def pytest_load_initial_conftests(
 ) -> Generator[None, object, object]:
     """Adds `--device` and `--lanes`, unless another plugin or the project's conftest has options of that name."""
     # Unknown until now, their values were taken for paths, and conftests would be looked for beside them.
-    short = [f"--{name}" for name in _SHORTENED]
+    short = [f"--{name}" for name, settings in _SHORTENED.items() if "action" not in settings]
     values = [value for option, value in pairwise(args) if option in short]
     paths: list[str] = early_config.known_args_namespace.file_or_dir
     early_config.known_args_namespace.file_or_dir = [path for path in paths if path not in values]
@@ -91,8 +106,22 @@ def pytest_load_initial_conftests(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Reads the options; imports nothing."""
-    config.stash[_OPTIONS] = ParityOptions(config)
+    """Reads the options; imports nothing heavy.
+
+    Raises:
+        UsageError: there is no such shard.
+    """
+    options = config.stash[_OPTIONS] = ParityOptions(config)
+    if options.choice.shard:
+        from refiners.errors import ParityError
+        from refiners.parity.shards import Shard
+
+        try:
+            Shard.parse(options.choice.shard)
+        except ParityError as error:
+            raise pytest.UsageError(str(error)) from error
+    config.pluginmanager.register(options.choice, "refiners-parity-choice")
+    config.pluginmanager.register(options.harvest, "refiners-parity-harvest")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -131,6 +160,8 @@ class ParityCases(pytest.Collector):
         except ParityError as error:
             raise self.CollectError(str(error)) from error
         runners: dict[str, CaseRunner] = {}
+        options.sources.append(self.modules)
+        options.choice.collected.append(Collected(registry, terms.ledger, terms.baseline.seconds))
         for item in items:
             options.registered.append(item.id)
             yield _make(ParityItem, self, name=item.id, item=item, terms=terms, runners=runners)
@@ -139,7 +170,7 @@ class ParityCases(pytest.Collector):
         if complete and options.lanes is None:
             problems += terms.baseline.unregistered([item.id for item in items], devices)
         if problems:
-            yield _make(ParityProblem, self, name="registered", told=problems)
+            yield _make(ParityProblem, self, name=_REGISTERED, told=problems)
 
 
 def _beside(given: Path | None, folder: Path | None, name: str) -> Path | None:
@@ -187,6 +218,10 @@ class ParityProblem(_Plain):
         raise ParityFailure("\n".join(self.told))
 
 
+def _ids_of(item: pytest.Item) -> tuple[str, str] | None:
+    return (item.item.case.id, item.item.id) if isinstance(item, ParityItem) else None
+
+
 class ParityItem(_Plain):
     """A case in a lane."""
 
@@ -194,17 +229,18 @@ class ParityItem(_Plain):
         cast(Any, super()).__init__(**rest)
         self.item, self.terms, self.runners = item, terms, runners
 
-    def _explained(self, result: "AnyResult") -> str:
+    def _told(self, result: "AnyResult") -> "Told | None":
         """Where the two sides part, if they could be run; never a reason to fail, nor to be late for long."""
-        from refiners.parity.explained import try_to_explain
+        from refiners.parity.explaining import tell_why
         from refiners.parity.result import Result, Verdict
 
         lane = self.item.lane
         if lane is None or not isinstance(result, Result):
-            return ""
+            return None
         if result.traceback or result.verdict is not Verdict.DIFFERENT:
-            return ""
-        return f"\n\n{try_to_explain(self.runners[self.item.case.id], lane, seconds=_SECONDS_TO_EXPLAIN)}"
+            return None
+        source = self.config.stash[_OPTIONS].sources[-1]
+        return tell_why(self.runners[self.item.case.id], lane, seconds=_SECONDS_TO_EXPLAIN, modules=source)
 
     def runtest(self) -> None:
         """Runs the case; fails unless the result may stand."""
@@ -215,9 +251,12 @@ class ParityItem(_Plain):
             self.runners.clear()  # lanes of one case follow one another; the inputs of others are not needed again
         result = self.item.run(self.runners)
         judged = judge(result, self.terms.ledger, self.terms.baseline)
-        self.user_properties.append((_PROPERTY, {"result": result.to_json(), "meta": self.item.lane is None}))
+        row: dict[str, Any] = {"result": result.to_json(), "meta": self.item.lane is None, "judged": asdict(judged)}
+        self.user_properties.append((_PROPERTY, row))
         if not judged.accepted:
-            raise ParityFailure(f"{judged.message}\n{describe(result)}{self._explained(result)}")
+            told = self._told(result)
+            row["told"] = told.to_json() if told else None
+            raise ParityFailure(f"{judged.message}\n{describe(result)}" + (f"\n\n{told.text}" if told else ""))
         if judged.known_gap:
             pytest.xfail(judged.message)
 
@@ -245,9 +284,15 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """With pytest-xdist: every worker registers everything, the session that reports hears of it here."""
-    registered = getattr(node, "workeroutput", {}).get(_PROPERTY, [])
+    output: dict[str, list[str]] = getattr(node, "workeroutput", {}).get(_PROPERTY, {})
     options: ParityOptions = node.config.stash[_OPTIONS]
-    options.registered += [item for item in registered if item not in options.registered]
+    for name, gathered in (
+        ("registered", options.registered),
+        ("left_out", options.choice.left_out),
+        ("sources", options.sources),
+    ):
+        known = set(gathered)
+        gathered += [item for item in output.get(name, []) if item not in known]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -255,17 +300,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     options = session.config.stash[_OPTIONS]
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output[_PROPERTY] = options.registered
+        output[_PROPERTY] = {
+            "registered": options.registered,
+            "left_out": options.choice.left_out,
+            "sources": options.sources,
+        }
         return
-    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
-    for reports in reporter.stats.values() if reporter else ():
-        for report in reports:
-            if getattr(report, "when", "") == "call":
-                options.rows += [value for key, value in report.user_properties if key == _PROPERTY]
+    options.harvest.keep_record(session.config.rootpath)
+    if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        options.problems.append("interrupted: what follows was not run")
+    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and options.choice.left_out:
+        session.exitstatus = pytest.ExitCode.OK
     filtered = any(session.config.getoption(name, None) for name in _FILTERS) or any(
         "::" in a for a in session.config.args
     )
-    ran = {_id(row) for row in options.rows}
+    ran = {_id(row) for row in options.harvest.rows}
     unran = [item for item in options.registered if item not in ran]
     if unran and not filtered:
         options.problems.append(
@@ -281,33 +330,45 @@ def _id(row: dict[str, Any]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Prints the table of all results and writes parity.json where it was asked for."""
+    """Prints the table of all results and writes the reports that were asked for."""
     options = config.stash[_OPTIONS]
-    if options.rows:
-        _print_table(terminalreporter, config, options)
+    if options.harvest.rows or (options.registered and options.problems):
+        failed: list[str] = []
+        for r in (*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])):
+            failed += _as_problems(r, options)
+        _print_table(terminalreporter, config, options, failed)
+    for told in options.choice.left_out:
+        terminalreporter.write_line(told)
     for problem in options.problems:
         terminalreporter.write_line(f"✗ {problem}", red=True)
 
 
-def _print_table(terminalreporter: Any, config: pytest.Config, options: ParityOptions) -> None:
+def _as_problems(report: Any, options: ParityOptions) -> list[str]:
+    """What a failed item says about the run."""
+    name = str(report.nodeid).rsplit("::", 1)[-1]
+    if name == _REGISTERED:
+        return str(report.longrepr).splitlines()
+    return [name if name in options.registered else f"another test failed: {name}"]
+
+
+def _print_table(terminalreporter: Any, config: pytest.Config, options: ParityOptions, failed: list[str]) -> None:
     from rich.console import Console
 
-    from refiners.parity.full_size import FullSizeResult
-    from refiners.parity.report import results_table, summary, write_json
-    from refiners.parity.result import Result
-    from refiners.parity.suite import Report
+    from refiners.parity.plugin_report import gather, write_reports
+    from refiners.parity.report import environment_lines, in_one_line, results_table, summary
 
-    report = Report(tuple(options.registered))
-    for row in options.rows:
-        report.take(FullSizeResult(**row["result"]) if row["meta"] else Result.from_json(row["result"]))
-    failed = [str(r.nodeid).rsplit("::", 1)[-1] for r in terminalreporter.stats.get("failed", [])]
+    report = gather(options.registered, options.harvest.rows, options.harvest.other_tests)
     report.problems += [*options.problems, *failed]
-    if options.json:
-        write_json(options.json, report)
+    report.left_out += options.choice.left_out
+    page = write_reports(report, options.sources, json=options.json, summary=options.summary, html=options.html)
     terminalreporter.write_sep("=", "parity")
     terminal = terminalreporter.isatty or config.getoption("color") == "yes"
     width = max(110, terminalreporter._tw.fullwidth)
     console = Console(force_terminal=terminal, width=width, no_color=not terminal)
     with console.capture() as capture:
-        console.print(results_table([*report.results, *report.full_size]), summary(report))
+        console.print(results_table(report.all_results, width=width))
+        console.print(in_one_line(environment_lines(report)), style="dim", soft_wrap=True)
+        console.print(summary(report))
     terminalreporter.write(capture.get())
+    if page:
+        terminalreporter.write_line(f"page: {page}")

@@ -1,6 +1,8 @@
 """What people see: a table that grows while a run goes on, one case in full, and the table of the README."""
 
 import json
+import os
+import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,15 +14,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from refiners import __version__
 from refiners.parity.full_size import FullSizeResult
 from refiners.parity.lanes import DEVICES, DTYPES, Lane
 from refiners.parity.result import Result, Verdict
 from refiners.parity.suite import AnyResult, Item, Report
+from refiners.parity.told import Told
 
 STYLES = {Verdict.BITWISE: "green", Verdict.ROUNDING: "yellow", Verdict.DIFFERENT: "bold red"}
 LANES = [Lane(dtype, device).name for device in DEVICES for dtype in DTYPES]
 FULL_SIZE = "full size"
-WIDE = 110
+WIDE, WIDEST = 110, 130
+LONGEST_LINE = 400
+MOST_ROWS = 30
+"""Of the table in a summary."""
 
 
 def _column(result: AnyResult) -> str:
@@ -57,19 +64,19 @@ def results_table(results: Sequence[AnyResult], cases: Sequence[str] | None = No
     table.add_column("case", overflow="fold")
     for column in columns:
         table.add_column(column, no_wrap=True)
-    counts = ("leaves", "elements", "seconds") if width >= WIDE else ()
+    counts = ("leaves", "elements", "seconds") if width >= WIDEST else ("elements", "seconds") if width >= WIDE else ()
     for column in counts:
         table.add_column(column, justify="right")
     for row in rows:
         own = [result for result in results if result.case == row]
         computed = [result for result in own if isinstance(result, Result)]
-        totals = (
-            str(max((result.leaves for result in computed), default=0)),
-            f"{sum(result.elements for result in computed):,}",
-            f"{sum(result.seconds for result in computed):.2f}",
-        )
+        totals = {
+            "leaves": str(max((result.leaves for result in computed), default=0)),
+            "elements": f"{sum(result.elements for result in computed):,}",
+            "seconds": f"{sum(result.seconds for result in own):.2f}",
+        }
         cells = [_cell([result for result in own if _column(result) == column]) for column in columns]
-        table.add_row(row, *cells, *totals[: len(counts)])
+        table.add_row(row, *cells, *(totals[count] for count in counts))
     return table
 
 
@@ -103,6 +110,7 @@ class Progress:
         self.console, self.items = console, items
         self.results: list[AnyResult] = []
         self.live: Live | None = None
+        self.started = time.monotonic()
 
     def __call__(self, item: Item, result: AnyResult | None) -> None:
         if result is not None:
@@ -118,17 +126,121 @@ class Progress:
         """The table so far, its last rows if it is taller than the screen, and what runs now."""
         cases = list(dict.fromkeys(result.case for result in self.results))
         cases = cases[-max(5, self.console.height - 8) :]
-        state = f"{len(self.results)} of {len(self.items)} done{f', running {running}' if running else ''}"
+        now = f", running {running}" if running else ""
+        state = f"{len(self.results)} of {len(self.items)} done{now}; {self._left()}"
         shown = [result for result in self.results if result.case in cases]
         return Group(results_table(shown, cases, width=self.console.width), Text(state, style="dim"))
 
+    def _left(self) -> str:
+        done, took = len(self.results), time.monotonic() - self.started
+        left = took / done * (len(self.items) - done) if done else 0.0
+        return f"{took:.0f} s" + (f", about {left:.0f} s left" if left >= 1 else "")
+
 
 def print_report(console: Console, report: Report) -> None:
-    """The table, what is wrong, and the summary."""
-    console.print(results_table([*report.results, *report.full_size], width=console.width))
-    for problem in report.problems:
-        console.print(Text(f"✗ {problem}", style="red"))
+    """The table, what is wrong, what it was measured with, and the summary."""
+    if report.all_results:
+        console.print(results_table(report.all_results, width=console.width))
+    for problem in in_short(report):
+        console.print(Text(f"✗ {problem}", style="red"), soft_wrap=True)
+    for told in report.explanations.values():
+        console.print(_in_short(told), soft_wrap=True)
+    for told in report.left_out:
+        console.print(Text(told, style="dim"), soft_wrap=True)
+    console.print(Text(in_one_line(environment_lines(report)), style="dim"), soft_wrap=True)
     console.print(summary(report))
+
+
+def in_short(report: Report) -> list[str]:
+    """The problems, a line each: what is wrong in several lanes of a case in the same way is one."""
+    lanes: dict[tuple[str, str], list[str]] = {}
+    for problem in report.problems:
+        item, _, message = problem.partition(": ")
+        case, bracket, lane = item.removesuffix("]").rpartition("[")
+        known = bracket and any(result.id == item for result in report.all_results)
+        key = (case, message) if known else ("", problem)
+        lanes.setdefault(key, []).append(lane)
+    lines = [f"{case}[{', '.join(names)}]: {told}" if case else told for (case, told), names in lanes.items()]
+    flat = [" ".join(line.split()) for line in lines]
+    return [line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…" for line in flat]
+
+
+def _in_short(told: Told) -> Text:
+    """An explanation in one line for each fault."""
+    text = Text(f"{told.title}\n" if told.faults else "", style="bold")
+    for fault in told.faults[:4]:
+        text.append(f"  {fault.port or 'the port itself'} ", style="red")
+        text.append(f"{fault.headline}\n", style="not bold")
+        if fault.diagnosis:
+            text.append(f"    equal {fault.diagnosis}\n", style="green")
+    if len(told.faults) > 4:
+        text.append(f"  and {len(told.faults) - 4} more\n", style="not bold")
+    text.append(f"  {told.command}" if told.faults else told.text, style="not bold dim")
+    return text
+
+
+def environment_lines(report: Report) -> list[tuple[str, str]]:
+    """Versions and devices as names and values, for every report that people read."""
+    found = report.environment
+    lines = [("refiners", __version__), *((name, str(found.get(name, ""))) for name in ("python", "torch"))]
+    for upstream in report.upstream:
+        name, _, version = upstream.partition(" ")
+        if name != "torch" and version:
+            lines.append((name, version))
+    lines.append(("cpu", f"{found.get('machine', '')} {found.get('cpu_capability', '')}".strip()))
+    cuda: Mapping[str, Any] = found.get("cuda", {})
+    if cuda:
+        lines.append(("cuda", f"{cuda['device']}, {cuda['capability']}, runtime {cuda['runtime']}"))
+        lines += [("cudnn", str(cuda["cudnn"])), ("driver", str(cuda["driver"]))]
+    return lines
+
+
+def in_one_line(lines: Sequence[tuple[str, str]]) -> str:
+    """The same for a terminal."""
+    return " · ".join(f"{name} {value}" for name, value in lines)
+
+
+def render_summary(report: Report) -> str:
+    """A short summary as markdown, for the page of a GitHub job."""
+    cases = list(dict.fromkeys(result.case for result in report.all_results))
+    wrong: dict[str, list[AnyResult]] = {}
+    for result in report.all_results:
+        judged = report.judged.get(result.id)
+        if judged is not None and not judged.accepted:
+            wrong.setdefault(result.case, []).append(result)
+    head = f"{len(wrong)} of {len(cases)} cases differ" if wrong else f"{len(cases)} cases may stand"
+    head = head if report.ok or wrong else "the run is not in order"
+    lines = [f"### {'✅' if report.ok else '❌'} Parity: {head}", "", summary(report).plain + ".", ""]
+    if wrong:
+        lines += [_row(["case", "lanes", "what"]), _row(["---"] * 3)]
+        lines += [_wrong_row(case, results, report) for case, results in list(wrong.items())[:MOST_ROWS]]
+        lines += [f"\nand {len(wrong) - MOST_ROWS} more"] if len(wrong) > MOST_ROWS else []
+    ids = {*report.registered, *(result.id for result in report.all_results)}
+    others = [f"- {problem}" for problem in report.problems if problem.partition(": ")[0] not in ids]
+    lines += [*others[:MOST_ROWS], *([f"- and {len(others) - MOST_ROWS} more"] if len(others) > MOST_ROWS else [])]
+    lines += [f"- {told}" for told in report.left_out]
+    versions = ", ".join(f"{name} {value}" for name, value in environment_lines(report))
+    return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
+
+
+def write_summary(path: Path | None, report: Report) -> None:
+    """Writes the summary to a file, or appends it to the one that GITHUB_STEP_SUMMARY names; else does nothing."""
+    if path is not None:
+        path.write_text(render_summary(report), encoding="utf-8")
+    elif os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
+            file.write(render_summary(report) + "\n")
+
+
+def _wrong_row(case: str, results: Sequence[AnyResult], report: Report) -> str:
+    told = next((report.explanations[r.id] for r in results if r.id in report.explanations), None)
+    what = results[0].reason
+    if told is not None and told.faults:
+        fault = told.faults[0]
+        what = f"`{fault.port or 'the port itself'}` {fault.headline}."
+        what += f" **Equal {fault.diagnosis}.**" if fault.diagnosis else ""
+    lanes = ", ".join(result.lane for result in results)
+    return _row([f"`{case}`", lanes, what.replace("|", "\\|").replace("\n", " ")[:400]])
 
 
 def describe(result: AnyResult) -> str:

@@ -1,6 +1,6 @@
 """What a run says: one `Result` for each case and lane, readable by people and by machines."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,8 @@ class Result:
     case: str
     lane: str
     verdict: Verdict
+    besides_dtypes: Verdict | None = None
+    """For a result that is DIFFERENT because a dtype computes elsewhere: the verdict on the values alone."""
     reasons: tuple[str, ...] = ()
     """Why it is not BITWISE, the weightiest first."""
     notes: tuple[str, ...] = ()
@@ -33,6 +35,8 @@ class Result:
     """Compared tensors: outputs, taps and gradients."""
     elements: int = 0
     """Their elements."""
+    elements_by_kind: dict[str, int] = field(default_factory=dict[str, int])
+    """The same, of outputs, taps and gradients apart."""
     leaves: int = 0
     """Leaves of the port that hold parameters and ran."""
     worst: Worst | None = None
@@ -62,14 +66,19 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Only strings, numbers, lists and dicts."""
-        return {**asdict(self), "verdict": str(self.verdict), "reasons": list(self.reasons), "notes": list(self.notes)}
+        data = {**asdict(self), "verdict": str(self.verdict), "reasons": list(self.reasons), "notes": list(self.notes)}
+        if data.pop("besides_dtypes"):
+            data["besides_dtypes"] = str(self.besides_dtypes)
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Result":
         """The inverse of `to_json`; keys of later versions are left out."""
-        known: dict[str, Any] = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        known: dict[str, Any] = {own.name: data[own.name] for own in fields(cls) if own.name in data}
         worst: dict[str, Any] = dict(known.get("worst") or {})
         known["verdict"] = Verdict(known["verdict"])
+        if known.get("besides_dtypes"):
+            known["besides_dtypes"] = Verdict(known["besides_dtypes"])
         known["reasons"], known["notes"] = tuple(known.get("reasons", ())), tuple(known.get("notes", ()))
         if worst:
             worst["index"] = tuple(worst["index"])

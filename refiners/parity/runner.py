@@ -24,6 +24,7 @@ from refiners.parity.inputs import draw_inputs, place_inputs
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.modules import modules
 from refiners.parity.pairing import Kind, Pair, pair_gradients, pair_outputs, truth_tensors
+from refiners.parity.precision import Precision, look_at_precision
 from refiners.parity.result import Result, Verdict
 from refiners.parity.rounding import ErrorPair
 from refiners.parity.second_look import look_again
@@ -62,6 +63,8 @@ class _Compared:
     comparisons: list[Comparison]
     faults: list[str]
     influence: Influence | None
+    precision: Precision
+    neutral: list[str]
 
 
 class CaseRunner:
@@ -237,12 +240,20 @@ class CaseRunner:
                 found = self._influence(lane, upstream, ours)
                 pairs += gradients
                 faults += [*unpaired, *found.faults, *_nothing_differentiable(ours)]
+            neutral = influence.neutral({entry.key: entry.tensor for entry in weights.floating_entries(upstream)})
+            if neutral and self.case.init == "informative" and self.case.weights is None:
+                faults.append(f"{some(neutral)} hold one number everywhere, so nothing shows whether they are used")
             comparisons = _compare_all(pairs, truth, found)
         if not self._looked_again and _seems_equal(comparisons, faults, lane):
             self._looked_again = True
             with _stage("looking again"):
                 faults += look_again(self.case, lane, (upstream, port), (ours, theirs), self._inputs)
-        return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found)
+        with _stage("comparing the precision"):
+            models = upstream, port
+            dtypes = Precision() if faults else look_at_precision(self.case, lane, models, self._inputs or {})
+            origins = weights.origins(dtypes.unread, models, self.case.key_map)
+            dtypes = replace(dtypes, unread=tuple(influence.never_read(origins, self.case.without_influence)))
+        return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found, dtypes, neutral)
 
     def _influence(self, lane: Lane, upstream: nn.Module, ours: Observed) -> Influence:
         sizes = {name: parameter.numel() for name, parameter in upstream.named_parameters(remove_duplicate=False)}
@@ -254,18 +265,25 @@ class CaseRunner:
     def _judge(self, lane: Lane, compared: _Compared) -> Result:
         float64: Verdict | None = None
         if "float64" in self.case.lanes and not lane.is_truth and not all(c.bitwise for c in compared.comparisons):
-            float64 = self.run(Lane("float64", lane.device)).verdict
+            float64 = (wide := self.run(Lane("float64", lane.device))).besides_dtypes or wide.verdict
         decided, reasons = verdict.judge(compared.comparisons, compared.faults, lane, float64_verdict=float64)
+        # Where the values differ as well, they come first: a cast that moved is one explanation among others.
+        mismatches = (*compared.precision.faults, *compared.precision.unread)
+        besides = decided if mismatches and not compared.precision.unread else None
+        reasons = [*reasons, *mismatches] if decided is Verdict.DIFFERENT else [*mismatches, *reasons]
+        decided = Verdict.DIFFERENT if mismatches else decided
         theirs = compared.sides[1]
         worst = [c.worst for c in compared.comparisons if c.worst]
         result = Result(
             case=self.case.id,
             lane=lane.name,
             verdict=decided,
+            besides_dtypes=besides,
             reasons=tuple(reasons),
-            notes=tuple(_notes(self.case, compared.sharing)),
+            notes=(*_notes(self.case, compared.sharing, compared.neutral), *compared.precision.notes),
             tensors=len(compared.comparisons),
             elements=sum(c.pair.upstream.numel() for c in compared.comparisons),
+            elements_by_kind=_elements_by_kind(compared.comparisons),
             leaves=len(theirs.leaves - theirs.silent_leaves),
             worst=worst[0] if worst else None,
             without_gradient=compared.influence.without_gradient if compared.influence else None,
@@ -289,6 +307,8 @@ class CaseRunner:
 
 def _traceback(error: BaseException) -> str:
     try:
+        if isinstance(error, ChainError):  # it shows the frames that are not the framework's, and the tree
+            return f"ChainError: {error}"
         return "".join(traceback.format_exception(error, limit=-6, chain=False))
     except Exception as other:  # an exception whose text cannot be had
         return f"{type(error).__name__} (it cannot be shown: {type(other).__name__})"
@@ -304,7 +324,8 @@ def _text(error: BaseException) -> str:
 def _in_one_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, ChainError) and error.__cause__ else error
     lines = _text(cause).splitlines() or [""]
-    where = f" in {_text(error).splitlines()[0]}" if cause is not error else ""
+    places = [line[3:-1] for line in _text(error).splitlines() if line.startswith("At ") and line.endswith(":")]
+    where = f" at `{places[-1]}`" if cause is not error and places else ""
     package = package_behind(error)
     told = "\n".join(lines) if isinstance(cause, RefinersError) else lines[0]
     return f"{type(cause).__name__}: {told}{where}{f' ({package})' if package else ''}"
@@ -346,10 +367,20 @@ def _nothing_differentiable(ours: Observed) -> list[str]:
     return ["no output depends on a weight or a floating input: set gradients=False if that is so"]
 
 
-def _notes(case: Case, sharing: Sharing) -> list[str]:
+def _notes(case: Case, sharing: Sharing, neutral: list[str]) -> list[str]:
     copied, total = len(sharing.copied), len(sharing.copied) + sharing.shared
     notes = [f"{copied} of {total} port tensors are copies, not upstream's storage"] if copied else []
+    if neutral:
+        notes.append(f"{len(neutral)} weights hold one number everywhere: whether they are used does not show here")
     return notes if case.gradients else [*notes, "gradients=False: no weight is shown to influence the outputs"]
+
+
+def _elements_by_kind(comparisons: list[Comparison]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for c in comparisons:
+        name = "gradients" if c.pair.kind.is_gradient else f"{c.pair.kind}s"
+        found[name] = found.get(name, 0) + c.pair.upstream.numel()
+    return found
 
 
 def _with_errors(result: Result, comparisons: list[Comparison]) -> Result:

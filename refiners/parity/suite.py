@@ -20,16 +20,22 @@ from refiners.parity.lanes import DEVICES, DTYPES, Lane, select_lanes
 from refiners.parity.ledger import Judgement, Ledger
 from refiners.parity.result import Result, Verdict
 from refiners.parity.runner import CaseRunner
+from refiners.parity.told import Told
 
 AnyResult = Result | FullSizeResult
+INTERRUPTED = "interrupted: what follows was not run"
 COUNTED = ("tensors", "elements", "leaves")
 
 
 class Baseline:
-    """How much was compared when `parity.json` was committed; empty where there is none."""
+    """How much was compared when `parity.json` was committed, and how long it took; empty where there is none."""
 
-    def __init__(self, counts: Mapping[str, Mapping[str, int]] | None = None) -> None:
+    def __init__(
+        self, counts: Mapping[str, Mapping[str, int]] | None = None, seconds: Mapping[str, float] | None = None
+    ) -> None:
         self.counts = dict(counts or {})
+        self.seconds = dict(seconds or {})
+        """Case id, or the id of another test → seconds."""
 
     @classmethod
     def load(cls, path: Path) -> "Baseline":
@@ -42,8 +48,11 @@ class Baseline:
             data = json.loads(path.read_text(encoding="utf-8"))
             rows = [(f"{row['case']}[{row['lane']}]", row) for row in data["results"]]
             rows += [(f"{row['case']}[meta:{row['name']}]", row) for row in data["full_size"]]
-            return cls({key: {name: int(row[name]) for name in COUNTED if name in row} for key, row in rows})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            seconds = {str(test): float(took) for test, took in data.get("other_tests", {}).items()}
+            for _, row in rows:
+                seconds[row["case"]] = seconds.get(row["case"], 0.0) + float(row.get("seconds", 0.0))
+            return cls({key: {name: int(row[name]) for name in COUNTED if name in row} for key, row in rows}, seconds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ParityError(f"{path} is no parity.json: {type(error).__name__}: {error}.") from error
 
     def fewer(self, result: AnyResult) -> str:
@@ -86,6 +95,14 @@ class Report:
     full_size: list[FullSizeResult] = field(default_factory=list[FullSizeResult])
     problems: list[str] = field(default_factory=list[str])
     environment: dict[str, Any] = field(default_factory=environment)
+    judged: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
+    """Id of a result → whether it may stand."""
+    explanations: dict[str, Told] = field(default_factory=dict[str, Told])
+    """Id of a result → where and why its sides part, for those that were explained."""
+    left_out: list[str] = field(default_factory=list[str])
+    """A line for each reason why cases were left out on purpose: another shard has them, nothing changed."""
+    other_tests: dict[str, float] = field(default_factory=dict[str, float])
+    """Tests that ran beside the cases → seconds; shards are balanced by them."""
 
     @property
     def ok(self) -> bool:
@@ -99,6 +116,13 @@ class Report:
         else:
             self.results.append(result)
 
+    @property
+    def all_results(self) -> list[AnyResult]:
+        """Computed and full-size results, in the order in which they were registered."""
+        order = {item: index for index, item in enumerate(self.registered)}
+        found: list[AnyResult] = [*self.results, *self.full_size]
+        return sorted(found, key=lambda result: order.get(result.id, len(order)))
+
     def unran(self) -> list[str]:
         """Registered ids without a result."""
         ran = {result.id for result in (*self.results, *self.full_size)}
@@ -106,14 +130,26 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of `parity.json`."""
-        upstream = sorted({result.upstream for result in self.results if result.upstream})
-        return {
-            "environment": {**self.environment, "upstream": upstream},
+        results = self.all_results
+        data: dict[str, Any] = {
+            "environment": {**self.environment, "upstream": self.upstream},
             "registered": len(self.registered),
             "problems": self.problems,
-            "results": [result.to_json() for result in self.results],
-            "full_size": [result.to_json() for result in self.full_size],
+            "results": [result.to_json() for result in results if isinstance(result, Result)],
+            "full_size": [result.to_json() for result in results if isinstance(result, FullSizeResult)],
         }
+        if self.left_out:
+            data["left_out"] = self.left_out
+        if self.other_tests:
+            data["other_tests"] = dict(sorted(self.other_tests.items()))
+        if self.explanations:
+            data["explanations"] = {key: told.to_json() for key, told in self.explanations.items()}
+        return data
+
+    @property
+    def upstream(self) -> list[str]:
+        """The packages that upstreams came from, with their versions."""
+        return sorted({result.upstream for result in self.results if result.upstream})
 
 
 @dataclass(frozen=True)
@@ -184,6 +220,9 @@ def run(
     ledger: Ledger | None = None,
     baseline: Baseline | None = None,
     complete: bool = False,
+    known: Sequence[Case] = (),
+    choose: Callable[[Sequence[Item]], tuple[Sequence[Item], list[str]]] | None = None,
+    runners: dict[str, CaseRunner] | None = None,
     progress: Callable[[Item, AnyResult | None], None] | None = None,
 ) -> Report:
     """Runs cases one after the other; a failing one never ends the run. Ctrl-C keeps what was measured.
@@ -195,6 +234,9 @@ def run(
         ledger: known results that are not bitwise.
         baseline: committed counts.
         complete: whether these are all cases there are, so that ledger lines and counts of others are stale.
+        known: all cases of the same modules, where `cases` are some of them: the ledger may have lines for them.
+        choose: picks those items that run here, and tells why others do not.
+        runners: keeps the runner of the last case, for whoever goes on with it.
         progress: called with an item before it runs, and again with its result.
 
     Raises:
@@ -202,8 +244,10 @@ def run(
     """
     ledger, baseline = ledger or Ledger(), baseline or Baseline()
     items = register(cases, lanes=lanes, devices=devices)
-    report = Report(tuple(item.id for item in items))
-    runners: dict[str, CaseRunner] = {}
+    everything = [item.id for item in items]
+    items, left_out = choose(items) if choose else (items, [])
+    report = Report(tuple(item.id for item in items), left_out=left_out)
+    runners = {} if runners is None else runners
     try:
         for item in items:
             if item.case.id not in runners:
@@ -215,19 +259,19 @@ def run(
             if progress:
                 progress(item, result)
     except KeyboardInterrupt:
-        report.problems.append("interrupted: what follows was not run")
+        report.problems.append(INTERRUPTED)
     report.problems += audit(report, ledger, baseline)
-    report.problems += ledger.stale(all_keys(cases), complete=complete)
+    report.problems += ledger.stale(all_keys([*cases, *known]), complete=complete)
     if complete and lanes is None:
-        report.problems += baseline.unregistered(report.registered, devices)
+        report.problems += baseline.unregistered(everything, devices)
     return report
 
 
 def audit(report: Report, ledger: Ledger, baseline: Baseline) -> list[str]:
     """What is wrong with a finished run: results that may not stand, and what never ran."""
     problems: list[str] = []
-    for result in (*report.results, *report.full_size):
-        judged = judge(result, ledger, baseline)
+    for result in report.all_results:
+        judged = report.judged[result.id] = judge(result, ledger, baseline)
         if not judged.accepted:
             problems.append(
                 judged.message if judged.message.startswith(result.id) else f"{result.id}: {judged.message}"

@@ -5,6 +5,7 @@ paired leaf, what arrives there is compared with what upstream's leaf received a
 returns is compared and replaced as well. Every leaf is so judged by itself, and so is every way between two leaves.
 """
 
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ from refiners.parity.fingerprint import Values
 from refiners.parity.inputs import map_tensors
 from refiners.parity.leaves import Pairing
 from refiners.parity.modules import named_modules
-from refiners.parity.trace import tensors_in
+from refiners.parity.operations import tensors_in
 
 Run = Callable[[], Mapping[str, Tensor]]
+
+IN_MEMORY = 1 << 30
+"""Bytes of upstream's values that are kept in memory; what is more lies in temporary files."""
 
 
 class Where(StrEnum):
@@ -64,9 +68,36 @@ class Call:
     received: list[Tensor]
     returned: list[Tensor]
 
+    @classmethod
+    def of(cls, received: Any, returned: Any) -> "Call":
+        """Copies of all tensors."""
+        shelf = Shelf()
+        return cls(shelf.keep(received), shelf.keep(returned))
 
-def _kept(value: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors_in(value)]
+
+@dataclass
+class Shelf:
+    """Copies of tensors: the first in memory, the others in files that are gone when nobody holds them.
+
+    Receives:
+        limit: bytes that are kept in memory.
+    """
+
+    limit: int = IN_MEMORY
+    _held: int = 0
+
+    def keep(self, value: Any) -> list[Tensor]:
+        """Copies of all tensors of a nesting."""
+        return [self._copy(tensor.detach()) for tensor in tensors_in(value)]
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        self._held += tensor.nbytes
+        if self._held <= self.limit or tensor.device.type != "cpu" or not tensor.numel():
+            return tensor.clone()
+        with tempfile.NamedTemporaryFile(prefix="refiners-teacher-") as file:
+            # The mapping outlives the name of the file, and the system writes its pages out when memory is short.
+            made = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return made.view(tensor.shape).copy_(tensor)
 
 
 @dataclass
@@ -88,14 +119,15 @@ class Teacher:
     def listen(cls, upstream: nn.Module, leaves: Mapping[str, nn.Module], run: Run, values: Values) -> "Teacher":
         """Runs upstream once."""
         calls: dict[str, list[Call]] = {path: [] for path in leaves}
+        shelf = Shelf()
         with ExitStack() as stack:
             for path, leaf in leaves.items():
 
                 def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                    calls[path].append(Call(_kept((args, kwargs)), []))
+                    calls[path].append(Call(shelf.keep((args, kwargs)), []))
 
                 def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-                    calls[path][-1].returned = _kept(output)
+                    calls[path][-1].returned = shelf.keep(output)
 
                 stack.callback(leaf.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(leaf.register_forward_hook(leave).remove)
@@ -103,13 +135,26 @@ class Teacher:
         return cls(values, calls, {name: tensor.detach() for name, tensor in outputs.items()})
 
     @contextmanager
-    def forcing(self, port: nn.Module, pairing: Pairing, points: list[Point]) -> Generator[None, None, None]:
-        """Inside, the leaves of the port are taught; what is seen is appended to `points`."""
+    def forcing(
+        self,
+        port: nn.Module,
+        pairing: Pairing,
+        points: list[Point],
+        *,
+        after: Callable[[nn.Module, Any, Any], None] | None = None,
+    ) -> Generator[None, None, None]:
+        """Inside, the leaves of the port are taught; what is seen is appended to `points`.
+
+        Receives:
+            after: called with a leaf, what it was taught, and what it returns to it.
+        """
         leaves = {path: module for path, module in named_modules(port) if path in pairing}
         with ExitStack() as stack:
             for path, leaf in leaves.items():
                 enter, leave = self._hooks(path, pairing[path], points)
                 stack.callback(leaf.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                if after is not None:
+                    stack.callback(leaf.register_forward_hook(after).remove)
                 stack.callback(leaf.register_forward_hook(leave).remove)
             yield
 
@@ -149,7 +194,7 @@ class Teacher:
 
     def agree(self, given: Any, expected: list[Tensor]) -> bool:
         """Whether what a leaf returns is what upstream's returned."""
-        actual = _kept(given)
+        actual = [tensor.detach() for tensor in tensors_in(given)]
         return self._numbers(actual, expected) == self._known(expected)
 
     def _compare(self, where: Where, place: tuple[str, str, int], given: Any, expected: list[Tensor]) -> Point:
@@ -205,7 +250,7 @@ def _worst(name: str, expected: list[Tensor], actual: list[Tensor]) -> Worst | N
 
 
 def _is_alike(given: Any, right: list[Tensor]) -> bool:
-    actual = list(tensors_in(given))
+    actual = tensors_in(given)
     return len(actual) == len(right) and all(
         t.numel() == r.numel() and t.is_floating_point() == r.is_floating_point()
         for t, r in zip(actual, right, strict=True)
@@ -216,6 +261,6 @@ def _replaced(given: Any, right: list[Tensor]) -> Any:
     """The same nesting with upstream's tensors; None, which hooks take for no change, where they do not fit."""
     if not _is_alike(given, right):
         return None
-    actual = list(tensors_in(given))
+    actual = tensors_in(given)
     waiting = iter([r.clone().reshape(t.shape) for t, r in zip(actual, right, strict=True)])
     return map_tensors(given, lambda _: next(waiting))

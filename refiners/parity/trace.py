@@ -1,20 +1,18 @@
-"""A trace: everything one side computes in one forward, operation by operation, in fingerprints.
+"""A trace: everything one side computes in one forward and backward, operation by operation, in fingerprints.
 
 A dispatch mode sees each operation that torch runs, below autograd and below every module. Of its inputs and outputs
 nothing but the number of their value is kept (see `fingerprint`), together with the module that was running, the
-source line, and the arguments that are no tensors. A view costs nothing until somebody reads it.
+source line, and the arguments that are no tensors. A view costs nothing until somebody reads it. An operation of the
+backward pass belongs to the module and the line of the one whose gradient it computes.
 
     trace, outputs = record(model, lambda: model(x), Values())
     for operation in trace.operations:
         print(operation.name, trace.path_of(operation), operation.source)
 """
 
-import itertools
-import linecache
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -24,8 +22,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from refiners.parity.fingerprint import Values
+from refiners.parity.fingerprint import Fingerprint, Values, fingerprint
 from refiners.parity.modules import named_modules
+from refiners.parity.operations import (
+    ModuleCall,
+    Operation,
+    Source,
+    Trace,
+    floats_in,
+    template_of,
+    tensors_in,
+)
 
 _TORCH = str(Path(torch.__file__).parent)
 _TORCH_LAYERS = str(Path(_TORCH) / "nn" / "modules")
@@ -33,135 +40,10 @@ _CALLS = str(Path(_TORCH_LAYERS) / "module.py")
 _OURS = str(Path(__file__).parent)
 _FLUXION = str(Path(__file__).parent.parent / "fluxion")
 _MACHINERY = tuple(str(Path(_FLUXION) / "layers" / f"{name}.py") for name in ("chain", "adapter", "branch", "module"))
+READ_BELOW = 1 << 20
+"""Bytes below which a view of a buffer is read."""
+_engine = cast(Any, torch)._C
 _CALL_CODE = cast(Any, nn.Module)._call_impl.__code__
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A line of code."""
-
-    file: str
-    line: int
-
-    @property
-    def code(self) -> str:
-        """The line as it is written."""
-        return linecache.getline(self.file, self.line).strip()
-
-    def __str__(self) -> str:
-        parts = Path(self.file).parts
-        short = parts[parts.index("site-packages") + 1 :] if "site-packages" in parts else parts[-3:]
-        return f"{'/'.join(short)}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Stands for a tensor among arguments: its place among the tensors of the operation."""
-
-    place: int
-
-
-def template_of(args: Any, kwargs: Any) -> Any:
-    """Arguments without their tensors."""
-    places = itertools.count()
-    return fill_template((args, kwargs), Tensor, lambda _: Slot(next(places)))
-
-
-def fill_template(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The same nesting of dicts, lists and tuples with every object of a kind replaced."""
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, Mapping):
-        items = cast(Mapping[Any, Any], value).items()
-        return {key: fill_template(item, kind, function) for key, item in items}
-    if isinstance(value, list | tuple):
-        filled = [fill_template(item, kind, function) for item in cast(Sequence[Any], value)]
-        return filled if isinstance(value, list) else tuple(filled)
-    return value
-
-
-@dataclass(slots=True)
-class Operation:
-    """One operation of torch."""
-
-    index: int
-    name: str
-    """As torch calls it: `aten.native_layer_norm`."""
-    call: int
-    """The innermost module call it belongs to; -1 outside of all modules."""
-    source: Source | None
-    inputs: tuple[int, ...]
-    """Numbers of the values of its tensors, in the order of its arguments."""
-    outputs: tuple[int | None, ...]
-    """The same of its results; None for a view that nobody has read."""
-    arguments: str
-    """All its arguments, with the shapes of tensors in place of their values."""
-    dtypes: tuple[torch.dtype, ...]
-    """Of its floating inputs and outputs."""
-    function: Any = None
-    template: Any = None
-    """Its arguments and keyword arguments, with a `Slot` in place of each tensor."""
-
-    def __str__(self) -> str:
-        return f"{self.name.removeprefix('aten.')}{self.arguments}"
-
-
-@dataclass(slots=True)
-class ModuleCall:
-    """One call of a module."""
-
-    index: int
-    path: str
-    kind: str
-    parent: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass
-class Trace:
-    """What one side did, in order."""
-
-    operations: list[Operation] = field(default_factory=list[Operation])
-    calls: list[ModuleCall] = field(default_factory=list[ModuleCall])
-    outputs: dict[str, int] = field(default_factory=dict[str, int])
-    """The numbers of the compared outputs."""
-    weights: set[int] = field(default_factory=set[int])
-    """The numbers of the parameters and buffers."""
-
-    def path_of(self, operation: Operation) -> str:
-        """The path of the module that ran an operation."""
-        return self.calls[operation.call].path if operation.call >= 0 else ""
-
-    def known(self) -> set[int]:
-        """The numbers of all values that occur."""
-        found = {number for op in self.operations for number in (*op.inputs, *op.outputs) if number is not None}
-        found |= {number for call in self.calls for number in (*call.inputs, *call.outputs)}
-        return found | self.weights | set(self.outputs.values())
-
-    def outside_float64(self) -> list[Operation]:
-        """Operations that compute on floats of less than 64 bits, although the model and its inputs have 64."""
-        return [op for op in self.operations if any(d != torch.float64 and d.itemsize < 8 for d in op.dtypes)]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of nested dicts, lists, tuples and records."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in cast(Mapping[Any, Any], value).values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in cast(Sequence[Any], value):
-            yield from tensors_in(item)
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_told(item) for item in cast(Sequence[Any], value))}]"
-    return repr(value)
 
 
 class Tracer(TorchDispatchMode):
@@ -185,39 +67,45 @@ class Tracer(TorchDispatchMode):
         self._unread: Any = WeakIdKeyDictionary()
         self._weights: Any = WeakIdKeyDictionary()  # by identity, as torch compares tensors by elements
         for weight in weights:
-            self._weights[weight] = True
+            self._weights[weight] = isinstance(weight, nn.Parameter)
         self._viewed: set[int] = set()
-
-    @contextmanager
-    def paused(self) -> Generator[None, None, None]:
-        """What runs inside is not recorded."""
-        before, self._paused = self._paused, True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._paused = before
+        self._by_sequence: dict[int, int] = {}
 
     def number_of(self, tensor: Tensor) -> int:
         """The number of a tensor's value, computed once for each of its versions."""
         version = tensor._version
-        known = cast(tuple[int, int] | None, self._numbers.get(tensor))
+        known = self._known(tensor)
         if known is not None and known[0] == version:
             return known[1]
-        with self.paused():
-            number = self.values.number_of(tensor)
-        self._numbers[tensor] = (version, number)
-        unread = cast(tuple[Operation, int, int] | None, self._unread.pop(tensor, None))
+        before, self._paused = self._paused, True
+        unread = cast(tuple[Operation, int, int, bytes] | None, self._unread.pop(tensor, None))
+        try:
+            digest = unread[3] if unread is not None and unread[2] == version else b""
+            if tensor in self._weights:
+                number = self.values.number_of_weight(tensor)
+            else:
+                key = Fingerprint(tensor.dtype, tuple(tensor.shape), digest) if digest else fingerprint(tensor)
+                number, digest = self.values.number_of(tensor, key), key.digest
+        finally:
+            self._paused = before
+        self._numbers[tensor] = (version, number, digest)
         if unread is not None and unread[2] == version:
-            operation, place, _ = unread
+            operation, place = unread[:2]
             operation.outputs = (*operation.outputs[:place], number, *operation.outputs[place + 1 :])
         return number
+
+    def _known(self, tensor: Tensor) -> tuple[int, int, bytes] | None:
+        """Version, number and digest of a tensor that was read."""
+        return self._numbers.get(tensor)
 
     def numbers_of_weights(self) -> set[int]:
         """The numbers of all weights that were read, and of their views."""
         read = cast(Iterator[Tensor], iter(self._weights))
-        known = [cast(tuple[int, int] | None, self._numbers.get(tensor)) for tensor in read]
-        return self._viewed | {number for found in known if found is not None for number in found[1:]}
+        return self._viewed | {known[1] for known in map(self._known, read) if known is not None}
+
+    def has_read(self, tensor: Tensor) -> bool:
+        """Whether some operation read a tensor, or a view of it."""
+        return self._known(tensor) is not None
 
     def numbers_in(self, value: Any) -> tuple[int, ...]:
         """The numbers of all tensors of a nesting."""
@@ -232,24 +120,29 @@ class Tracer(TorchDispatchMode):
         if self._paused:
             return func(*args, **kwargs)
         is_view = bool(func.is_view)
-        inputs = () if is_view else self.numbers_in((args, kwargs))
+        given = tensors_in((args, kwargs))
+        inputs = () if is_view else tuple(map(self.number_of, given))
+        origin = self._origin()
         result = func(*args, **kwargs)
-        results = list(tensors_in(result))
+        results = tensors_in(result)
         operation = Operation(
             index=len(self.trace.operations),
             name=str(func).rsplit(".", 1)[0],
-            call=self.stack[-1] if self.stack else -1,
-            source=self._source(),
+            call=origin.call if origin else self.stack[-1] if self.stack else -1,
+            source=origin.source if origin else self._source(),
             inputs=inputs,
             outputs=(None,) * len(results),
-            arguments=_arguments(args, kwargs),
-            dtypes=tuple(t.dtype for t in (*tensors_in((args, kwargs)), *results) if t.is_floating_point()),
+            tensors=tuple((tensor.dtype, tuple(tensor.shape)) for tensor in given),
+            given=floats_in(given),
+            made=results[0].dtype if results and results[0].is_floating_point() else None,
+            is_view=is_view,
+            backward_of=origin.index if origin else None,
             function=func,
             template=template_of(args, kwargs),
         )
         self.trace.operations.append(operation)
         if is_view:
-            self._take_view(operation, next(tensors_in(args)), results)
+            self._take_view(operation, given[0], results)
         elif "empty" in operation.name:
             pass  # what lies in memory by chance is no value
         elif func._schema.is_mutable:
@@ -261,29 +154,51 @@ class Tracer(TorchDispatchMode):
             operation.outputs = tuple(self.number_of(tensor) for tensor in results)
         return result
 
+    def _origin(self) -> Operation | None:
+        """On the way back: the operation of the forward that autograd is at, by the number that autograd gave it."""
+        node = _engine._current_autograd_node()
+        if node is None:
+            self._by_sequence.setdefault(_engine._autograd._get_sequence_nr() - 1, len(self.trace.operations))
+            return None
+        index = self._by_sequence.get(node._sequence_nr())
+        return None if index is None else self.trace.operations[index]
+
     def _take_view(self, operation: Operation, base: Tensor, views: list[Tensor]) -> None:
         """A view is fingerprinted when it is read. Views of views are one operation; those of weights are weights."""
         if base in self._weights:
             for place, view in enumerate(views):
-                number = self.values.number_of_view(self.number_of(base), operation.name, operation.arguments, place)
-                self._numbers[view] = (view._version, number)
-                self._weights[view] = True
+                number = self._number_of_view(operation, base, view, place)
+                self._numbers[view] = (view._version, number, b"")
+                self._weights[view] = self._weights[base]
                 self._viewed.add(number)
             operation.inputs = (self.number_of(base),)
             operation.outputs = self.numbers_in(views)
             return
-        unread = cast(tuple[Operation, int, int] | None, self._unread.get(base))
+        unread = cast(tuple[Operation, int, int, bytes] | None, self._unread.get(base))
         if unread is not None and unread[2] == base._version:
-            before = unread[0]
+            before, digest = unread[0], unread[3]
             operation.inputs = before.inputs
             operation.name = f"{before.name} → {operation.name.removeprefix('aten.')}"
-            operation.arguments = f"{before.arguments} → {operation.arguments}"
+            operation.before = before
         else:
             operation.inputs = (self.number_of(base),)
+            known = self._known(base)
+            digest = known[2] if known is not None else b""
         for place, view in enumerate(views):
-            self._unread[view] = (operation, place, view._version)
+            self._unread[view] = (operation, place, view._version, digest if _holds_all(view, base) else b"")
         if self.read_views:
             _ = self.numbers_in(views)
+
+    def _number_of_view(self, operation: Operation, base: Tensor, view: Tensor, place: int) -> int:
+        """A part of a table in a buffer is read, as the other side may compute it; a part of a weight is not."""
+        number = self.number_of(base)
+        if self._weights[base] or view.nbytes >= READ_BELOW:
+            return self.values.number_of_view(number, operation.name, operation.arguments, place)
+        before, self._paused = self._paused, True
+        try:
+            return self.values.number_of(view)
+        finally:
+            self._paused = before
 
     def _source(self) -> Source | None:
         """The line that asked for the operation: the model's own if there is one, else that of a layer of torch."""
@@ -308,9 +223,10 @@ class Tracer(TorchDispatchMode):
         return fallback
 
 
-def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    told = [_told(arg) for arg in args]
-    return f"({', '.join([*told, *(f'{key}={_told(value)}' for key, value in kwargs.items())])})"
+def _holds_all(view: Tensor, base: Tensor) -> bool:
+    """Whether a view has all bytes of its base in their order, so that it needs not be read again."""
+    whole = view.is_contiguous() and base.is_contiguous() and view.nbytes == base.nbytes
+    return whole and not (view.is_conj() or view.is_neg() or base.is_conj() or base.is_neg())
 
 
 @contextmanager
@@ -339,7 +255,12 @@ def _watched(model: nn.Module, tracer: Tracer) -> Generator[None, None, None]:
 
 
 def record(
-    model: nn.Module, run: Callable[[], Mapping[str, Tensor]], values: Values, *, read_views: bool = False
+    model: nn.Module,
+    run: Callable[[], Mapping[str, Tensor]],
+    values: Values,
+    *,
+    read_views: bool = False,
+    gradients: bool = False,
 ) -> tuple[Trace, dict[str, Tensor]]:
     """Traces one run of a model.
 
@@ -348,6 +269,7 @@ def record(
         run: calls it and names its outputs.
         values: shared with the trace of the other side.
         read_views: fingerprint every view, not only those that somebody reads; slower, and finer.
+        gradients: `run` goes back as well; the numbers of what it leaves in `grad` are put into the trace.
 
     Returns:
         The trace, and the outputs.
@@ -358,5 +280,9 @@ def record(
         with tracer:
             outputs = dict(run())
         trace.outputs = {name: tracer.number_of(tensor) for name, tensor in outputs.items()}
+        given = [(name, parameter.grad) for name, parameter in model.named_parameters() if gradients]
+        trace.gradients = {name: tracer.number_of(gradient) for name, gradient in given if gradient is not None}
         trace.weights = tracer.numbers_of_weights()
+        state = model.state_dict(keep_vars=True)
+        trace.unread = tuple(key for key, tensor in state.items() if tensor.numel() and not tracer.has_read(tensor))
     return trace, outputs

@@ -20,7 +20,7 @@ each constructor computed it: nothing is carried over, so the port has to comput
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +185,28 @@ def share(upstream: nn.Module, port: nn.Module, key_map: Conversion) -> Sharing:
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     copied = tuple(key for key, tensor in loaded.items() if tensor.untyped_storage().data_ptr() not in storages)
     return Sharing(len(loaded) - len(copied), copied, renamed, tuple(faults))
+
+
+def origins(
+    keys: Sequence[str], models: tuple[nn.Module, nn.Module], key_map: Conversion
+) -> dict[str, tuple[str, ...]]:
+    """The upstream keys that each of some port keys stands for, wholly or in part, as the key map has it.
+
+    Receives:
+        keys: of the port.
+        models: upstream, then the port.
+    """
+    if not keys:
+        return {}
+    source = models[0].state_dict()
+    marks = {key: torch.zeros_like(tensor) for key, tensor in models[1].state_dict().items()}
+    before = key_map.invert(marks, source)
+
+    def marked(key: str) -> tuple[str, ...]:
+        after = key_map.invert({**marks, key: torch.ones_like(marks[key])}, source)
+        return tuple(name for name, tensor in after.items() if not torch.equal(tensor, before[name]))
+
+    return {key: marked(key) for key in keys}
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -11,28 +11,31 @@ import torch
 from refiners.parity.case import Case, Inputs
 from refiners.parity.inputs import draw_inputs
 from refiners.parity.lanes import Lane
-from refiners.parity.mutate import Bench, Outcome, Trial, bench
-from refiners.parity.operators import OPERATORS
+from refiners.parity.mutate import Bench, Mutant, Outcome, bench
 
 NEEDED = "the case cannot run without it"
+TRUTH = Lane("float64")
 
 
-def witnesses(case: Case, trials: Sequence[Trial]) -> dict[str, str]:
-    """Input → the fault that only it lets the case tell; "" where there is none.
+def one_of_each_role(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """The first of the mutants that play one role, such as one fault in each of three equal layers."""
+    return list({mutant.role: mutant for mutant in reversed(mutants)}.values())[::-1]
+
+
+def witnesses(case: Case) -> dict[str, str]:
+    """Input → a fault that only it lets the case tell; "" where there is none.
 
     Receives:
-        case: any.
-        trials: its own, killed or not.
+        case: any; without a float64 lane nothing is planted in it, and nothing is told.
     """
-    names = list(draw_inputs(case)) if "float64" in case.lanes else []
+    names = list(draw_inputs(case)) if TRUTH.name in case.lanes else []
     if len(names) == 1:
         return {names[0]: NEEDED}
-    told = [trial.fault for trial in trials if trial.outcome is Outcome.KILLED and trial.case == case.id]
     found: dict[str, str] = {}
     for name in names:
         try:
-            with bench(_without(case, name), Lane("float64")) as built:
-                found[name] = next(_told_no_more(built, told), "")
+            with bench(case, TRUTH) as given, bench(_without(case, name), TRUTH) as lacking:
+                found[name] = next(_told_no_more(given, lacking), "")
         except Exception:  # it raises, or is not equal any more: both mean that it is read
             found[name] = NEEDED
     return found
@@ -45,11 +48,12 @@ def _without(case: Case, name: str) -> Case:
     return replace(case, inputs=inputs)
 
 
-def _told_no_more(built: Bench, told: Sequence[str]) -> Iterator[str]:
+def _told_no_more(given: Bench, lacking: Bench) -> Iterator[str]:
     """The faults that cannot even be planted without the input, then those that survive."""
-    mutants = {mutant.fault: mutant for mutant in built.mutants_of_lane()}
-    here = [fault for fault in told if OPERATORS[fault.split("::")[0]].lanes == "any"]
-    yield from (fault for fault in here if fault not in mutants)
-    for fault in here:
-        if fault in mutants and built.try_out(mutants[fault]).outcome is Outcome.SURVIVED:
-            yield fault
+    without = {mutant.fault: mutant for mutant in lacking.mutants_of_lane()}
+    planned = one_of_each_role(given.mutants_of_lane())
+    for mutant in sorted(planned, key=lambda mutant: mutant.fault in without):
+        other = without.get(mutant.fault)
+        survives = other is None or lacking.try_out(other).outcome is Outcome.SURVIVED
+        if survives and given.try_out(mutant).outcome is Outcome.KILLED:
+            yield mutant.fault

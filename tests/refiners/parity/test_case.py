@@ -92,7 +92,7 @@ def test_a_package_stands_for_its_public_modules(write: Any) -> None:
         ("CASES = 'all'", "must be a sequence of Case, got str"),
         ("CASES = [1]", "`CASES[0]` of `cases_of_broken` must be a Case, got int"),
         (MODULE.format(cases="make_case(), make_case()"), "'toy/tower' is registered twice"),
-        (MODULE.format(cases="make_case(id='Wrong Name')"), "cannot be imported: ParityError: Case 'Wrong Name'"),
+        (MODULE.format(cases="make_case(id='Wrong Name')"), "Case 'Wrong Name' cannot be used"),
     ],
 )
 def test_a_module_that_cannot_be_used_is_one_line_and_the_others_go_on(write: Any, text: str, reason: str) -> None:

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
-from refiners.parity import CaseRunner, Lane
+from refiners.errors import ParityError
+from refiners.parity import CaseRunner, Lane, teacher
 from refiners.parity.explain import Explanation, explain, explain_modules
 from refiners.parity.explained import try_to_explain
+from refiners.parity.leaf_again import leaf_of_case
 from tests.refiners.parity.toys import Port, Upstream, make_case
 
 
@@ -237,7 +239,19 @@ def test_a_forward_that_is_right_has_its_gradients_explained() -> None:
 
     explanation = explain(make_case(Detached), Lane("float64"))
     assert not explanation.faults
-    assert any("gradients part behind `up`" in note for note in explanation.notes)
+    assert any("gradients part at the model itself" in note and "`gelu_backward`" in note for note in explanation.notes)
+
+
+def test_the_line_at_which_a_gradient_stops_is_told() -> None:
+    class Detached(Port):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + F.gelu(self.up(self.norm_1(x)).detach())
+            return self.down(self.norm_2(x))
+
+    notes = explain(make_case(Detached), Lane("float64")).notes
+    told = next(note for note in notes if "no gradient arrives" in note)
+    assert all(f"`{name}`" in told for name in ("norm_1.weight", "up.bias"))
+    assert "it stops at `gelu` in the model itself" in told
 
 
 def test_a_case_that_cannot_be_built_gives_one_line() -> None:
@@ -246,3 +260,61 @@ def test_a_case_that_cannot_be_built_gives_one_line() -> None:
 
     told = try_to_explain(CaseRunner(make_case(broken)), Lane("float32"), seconds=5)
     assert told == "No explanation: ValueError: no such thing"
+
+
+def test_the_line_that_shows_a_fault_again_shows_both_outputs_of_the_leaf() -> None:
+    class OtherEps(Port):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm_1.eps = 1e-3
+
+    case = make_case(OtherEps)
+    text = str(explain(case, Lane("float32")))
+    assert "refiners parity explain toy/tower --lanes float32 --leaf norm_1" in text
+    told = leaf_of_case(CaseRunner(case), Lane("float32"), "norm_1")
+    assert "LayerNorm((8,), eps=0.001" in told
+    assert "LayerNorm((8,), eps=1e-05" in told
+    assert "differ in 24 of 24 elements, worst [" in told
+    assert "equal, bit for bit" in leaf_of_case(CaseRunner(case), Lane("float32"), "down")
+
+
+def test_a_leaf_that_is_not_there_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ParityError, match="`norm_3` of Port does not exist.*Nearest leaves: norm_"):
+        leaf_of_case(CaseRunner(make_case()), Lane("float32"), "norm_3")
+
+
+def test_what_upstream_computed_is_kept_in_files_beyond_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = str(explained(other_eps, transposed)[0].faults)
+    monkeypatch.setattr(teacher.Shelf, "__init__", lambda self: self.__dict__.update(limit=0, _held=0))
+    assert str(explained(other_eps, transposed)[0].faults) == right
+    x = torch.randn(3, 5).bfloat16()
+    (kept,) = teacher.Shelf().keep(x.T)
+    assert torch.equal(kept, x.T)
+
+
+class _Scores(nn.Module):
+    """Attention whose mask is made of another constant than on the other side."""
+
+    def __init__(self, scale: float, axes: int) -> None:
+        super().__init__()
+        self._scale, self._shape = scale, (1,) * axes + (3, 3)
+        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.full(self._shape, -9.0, dtype=x.dtype).triu(1)
+        return self.o(((self.q(x) @ self.k(x).mT)[None] * self._scale + mask).softmax(-1))[0]
+
+
+class _Twice(nn.Module):
+    def __init__(self, scale: float = 0.5, axes: int = 1) -> None:
+        super().__init__()
+        self.first, self.second = _Scores(0.5, axes), _Scores(scale, axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_mask_made_of_another_constant_is_not_blamed_beside_the_fault() -> None:
+    found = explain(make_case(lambda: _Twice(0.25, 0), upstream=_Twice), Lane("float32"))
+    assert found.leaves == ["second"]
+    assert "0.5" in found.faults[0].diagnosis

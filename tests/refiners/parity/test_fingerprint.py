@@ -70,6 +70,15 @@ def test_strides_and_storage_do_not_count() -> None:
     assert fingerprint(torch.cat((x[:1], x))[1:]) == fingerprint(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_signs_together_and_signs_of_a_rectangle_count(dtype: torch.dtype) -> None:
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    some, rows = x.clone(), x.clone()
+    some[0:512:256, 0:1024:512] *= -1
+    rows[:2] *= -1
+    assert len({fingerprint(t) for t in (x, -x, some, rows, x.abs(), -x.abs())}) == 6
+
+
 def test_minus_zero_is_not_zero() -> None:
     assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
 
@@ -102,3 +111,16 @@ def test_a_permutation_is_never_close() -> None:
     x = image().double()
     close = Values(by_closeness=True)
     assert close.number_of(x) != close.number_of(x.flip(0))
+
+
+def test_large_weights_are_known_by_their_place_and_copies_by_their_values() -> None:
+    values = Values()
+    weight = torch.randn(512, 1024)
+    number = values.number_of_weight(weight)
+    assert values.number_of_weight(weight.view_as(weight)) == number
+    assert values.number_of_weight(weight.clone()) == number
+    other = weight.clone()
+    other[3, 3] *= -1
+    assert values.number_of_weight(other) != number
+    weight.mul_(2)
+    assert values.number_of_weight(weight) != number

@@ -1,5 +1,6 @@
 """The ledger excuses exactly what it names, and no line outlives its cause."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,60 @@ def test_a_known_gap_is_accepted_and_told(tmp_path: Path) -> None:
     judged = ledger(tmp_path, LINE.format(verdict="DIFFERENT")).judge(result(Verdict.DIFFERENT))
     assert judged.accepted
     assert judged.known_gap
+
+
+def in_other_dtypes(values: Verdict) -> Result:
+    reasons = ("the same value is computed in other dtypes",)
+    return replace(result(Verdict.DIFFERENT), besides_dtypes=values, reasons=reasons)
+
+
+def test_other_dtypes_are_excused_by_a_line_that_says_so_and_by_no_other(tmp_path: Path) -> None:
+    found = in_other_dtypes(Verdict.ROUNDING)
+    judged = ledger(tmp_path, LINE.format(verdict="ROUNDING") + "dtypes = true").judge(found)
+    assert judged.accepted
+    assert judged.known_gap
+    assert "ROUNDING in other dtypes, known: the sum" in judged.message
+    assert not ledger(tmp_path, LINE.format(verdict="ROUNDING")).judge(found).accepted
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (Verdict.BITWISE, "but the values are BITWISE now: change the line"),
+        (Verdict.DIFFERENT, "excuses ROUNDING in other dtypes only"),
+    ],
+)
+def test_a_line_about_dtypes_excuses_no_other_values(tmp_path: Path, values: Verdict, told: str) -> None:
+    judged = ledger(tmp_path, LINE.format(verdict="ROUNDING") + "dtypes = true").judge(in_other_dtypes(values))
+    assert not judged.accepted
+    assert told in judged.message
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (Verdict.BITWISE, "remove the line"),
+        (Verdict.ROUNDING, "remove `dtypes`"),
+        (Verdict.DIFFERENT, "excuses ROUNDING in other dtypes only: because"),
+    ],
+)
+def test_a_line_about_dtypes_that_agree_is_stale(tmp_path: Path, now: Verdict, told: str) -> None:
+    judged = ledger(tmp_path, LINE.format(verdict="ROUNDING") + "dtypes = true").judge(result(now))
+    assert not judged.accepted
+    assert told in judged.message
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (LINE.format(verdict="DIFFERENT") + "dtypes = true", "BITWISE or ROUNDING with `dtypes = true`"),
+        (LINE.format(verdict="BITWISE"), "may excuse ROUNDING or DIFFERENT"),
+        (LINE.format(verdict="BITWISE") + 'dtypes = "yes"', "`dtypes`, which is true or false"),
+    ],
+)
+def test_a_line_about_dtypes_names_the_verdict_of_the_values(tmp_path: Path, line: str, told: str) -> None:
+    with pytest.raises(ParityError, match=told):
+        ledger(tmp_path, line)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import refiners.fluxion.layers as fl
 from refiners.errors import ParityError
 from refiners.parity import Case, metamorphic
 from refiners.parity.cell_report import run_cells
@@ -153,7 +154,7 @@ class StridedSentences(IgnoresStrides):
 def test_every_cell_holds_for_a_sound_port() -> None:
     found = {finding.cell: finding for finding in check_cells(sentences())}
     assert list(found) == list(CELLS)
-    assert {cell for cell, finding in found.items() if finding.outcome is not Outcome.HOLDS} <= {"cuda"}
+    assert {cell for cell, finding in found.items() if finding.outcome is not Outcome.HOLDS} <= {"cuda", "recomputed"}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,64 @@ def test_a_planted_fault_turns_its_cell_red(cell: str, port: type[nn.Module], wo
     assert "\n" not in found.reason
 
 
+class Steady(fl.Residual):
+    """A node that can be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__(fl.LayerNorm(8), fl.Linear(8, 8), self.last())
+
+    def last(self) -> nn.Module:
+        return fl.GeLU()
+
+
+class Forgetful(fl.Module):
+    """Computes something else when it is run again before its gradient was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x * (1 + 1e-6 * self.runs)
+
+
+class Unsteady(Steady):
+    def last(self) -> nn.Module:
+        return Forgetful()
+
+
+def tree_of(node: type[nn.Module]) -> Callable[[], fl.Chain]:
+    return lambda: fl.Chain(node(), node())
+
+
+@pytest.mark.parametrize(("node", "outcome"), [(Steady, Outcome.HOLDS), (Unsteady, Outcome.BROKEN)])
+def test_a_port_computes_the_same_with_checkpoints_in_it(node: type[nn.Module], outcome: Outcome) -> None:
+    found = check_cell(make_case(upstream=tree_of(node), port=tree_of(node)), "recomputed")
+    assert found.outcome is outcome, str(found)
+
+
+class RecomputingTree(fl.Chain):
+    """A tree that can forget its activations."""
+
+    again = False
+
+    def __init__(self) -> None:
+        super().__init__(Steady(), Steady())
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any]) -> None:
+        self.again = not gradient_checkpointing_kwargs["use_reentrant"]
+
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(super().forward, *args, use_reentrant=False) if self.again else super().forward(*args)
+
+
+def test_no_cell_sees_the_gradients_of_another() -> None:
+    case = make_case(upstream=RecomputingTree, port=tree_of(Steady))
+    found = check_cells(case, ["checkpointed", "recomputed", "checkpointed"])
+    assert [str(finding) for finding in found if finding.outcome is not Outcome.HOLDS] == []
+
+
 def test_a_device_that_changes_the_result_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without CUDA: the same code, for a move to where the model is already."""
     here = partial(metamorphic.CHANGES["cuda"], device="cpu")
@@ -191,6 +250,16 @@ def test_a_port_that_breaks_a_relation_as_its_upstream_does_is_no_fault() -> Non
     assert found.outcome is Outcome.AS_UPSTREAM
     assert found.ok
     assert check_cell(sentences(Sentences, upstream=Mixes), "batch").outcome is Outcome.HOLDS
+
+
+@pytest.mark.parametrize(("depends", "outcome"), [(False, Outcome.HOLDS), (True, Outcome.BROKEN)])
+def test_an_output_for_all_items_is_the_same_for_each(depends: bool, outcome: Outcome) -> None:
+    def with_levels(model: nn.Module, inputs: Mapping[str, Any], *, depends: bool = False) -> dict[str, Tensor]:
+        levels = torch.arange(5) + (inputs["x"].sum() if depends else 0)
+        return {**read(model, inputs), "levels": levels, "mean": levels.sum()}
+
+    found = check_cell(sentences(run_upstream=with_levels, run_port=partial(with_levels, depends=depends)), "batch")
+    assert found.outcome is outcome, str(found)
 
 
 @pytest.mark.parametrize(

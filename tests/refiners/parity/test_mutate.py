@@ -275,6 +275,13 @@ def test_a_claim_that_is_false_is_refuted() -> None:
         assert "gradient" in why_not_equivalent(built, detached, scope=0)
 
 
+def test_a_claim_about_the_whole_port_is_tried_as_its_case_runs_it() -> None:
+    with bench(tail_case(), FLOAT64) as built:
+        assert why_not_equivalent(built, mutant_of(built, "swap-order::Tail.Slicing::with LayerNorm"), scope=2) == ""
+        told = why_not_equivalent(built, mutant_of(built, "drop::Tail.LayerNorm::"), scope=2)
+        assert told == "the outputs differ on random inputs"
+
+
 def test_a_survivor_counts_unless_it_is_proved_equivalent() -> None:
     line = Line("swap-order::*Slicing::*", "a norm of rows, and a choice of rows", 1)
     (without,) = hunt([tail_case()], Settings(keyword="Tail"))

@@ -4,6 +4,7 @@ A row says how a case of two equal models is broken and which words the one line
 are rows that look odd and are right: they must stay BITWISE, or the verifier would cry wolf.
 """
 
+import importlib
 import io
 import json
 import os
@@ -16,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from refiners.errors import ParityError
 from refiners.parity import Verdict, collect_cases, run
-from refiners.parity.commands import run_cases
+from refiners.parity.commands import Outputs, run_cases
 from tests.refiners.parity import broken_ports as broken
 from tests.refiners.parity.broken_ports import Golden, beside, both, one, put
 from tests.refiners.parity.toys import Port, Upstream, make_case, result_of
@@ -237,6 +238,50 @@ def test_a_control_is_bitwise(name: str) -> None:
     assert (result.verdict, result.reasons) == (Verdict.BITWISE, ())
 
 
+def test_a_port_that_patches_torch_is_compared_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda first, second: True)
+    result = result_of(make_case(**one(lambda y: y * 1.5)), "float32")
+    assert result.verdict is Verdict.DIFFERENT
+    assert result.worst is not None
+
+
+INSTALLED = """
+from torch import nn
+
+class Upstream(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.down(self.norm_2(x + nn.functional.gelu(self.up(self.norm_1(x)))))
+"""
+
+
+@pytest.mark.parametrize("is_borrowed", [True, False])
+def test_a_port_that_runs_the_code_of_upstream_is_told_in_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_borrowed: bool
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "installed_upstream.py").write_text(INSTALLED)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "installed_upstream", raising=False)
+    installed: type[nn.Module] = importlib.import_module("installed_upstream").Upstream
+
+    class Borrowed(Port):
+        def forward(self, x: Tensor) -> Tensor:
+            forward: Any = installed.forward
+            return forward(self, x)
+
+    result = result_of(make_case(Borrowed if is_borrowed else Port, upstream=installed), "float32")
+    told = [note for note in result.notes if "the port runs upstream's own code" in note]
+    assert result.verdict is Verdict.BITWISE
+    assert len(told) == is_borrowed
+    assert all("installed_upstream.py:11" in note for note in told)
+
+
 def test_there_are_as_many_pathologies_as_the_documentation_says() -> None:
     assert len(PATHOLOGIES) >= 60
 
@@ -301,7 +346,7 @@ def test_an_interrupted_run_keeps_and_writes_what_was_measured(tmp_path: Path, m
     (tmp_path / "interrupted_cases.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     path, console = tmp_path / "parity.json", Console(file=io.StringIO(), width=200)
-    assert run_cases("interrupted_cases", json_path=path, console=console) == 1
+    assert run_cases("interrupted_cases", console=console, outputs=Outputs(json=path)) == 1
     data = json.loads(path.read_text())
     assert [(row["case"], row["verdict"]) for row in data["results"]] == [("a/good", "BITWISE")]
     assert data["problems"][0] == "interrupted: what follows was not run"
@@ -318,4 +363,5 @@ def test_an_interrupted_session_of_pytest_writes_what_was_measured(tmp_path: Pat
     assert done.returncode == pytest.ExitCode.INTERRUPTED
     data = json.loads(path.read_text())
     assert [(row["case"], row["verdict"]) for row in data["results"]] == [("a/good", "BITWISE")]
-    assert data["problems"][0].startswith("2 of 3 registered parity items did not run: b/interrupted[float32]")
+    assert data["problems"][0] == "interrupted: what follows was not run"
+    assert "2 of 3 registered parity items did not run: b/interrupted[float32], c/never" in data["problems"][1]

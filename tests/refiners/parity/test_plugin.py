@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -248,3 +249,169 @@ def test_the_plugin_may_be_named_on_the_command_line_too(project: Project, monke
     project.cases("make_case(id='good/one', lanes=('float32',))")
     run: Callable[..., pytest.RunResult] = project.run
     run("-p", "refiners.parity.plugin", "--parity-cases", "their_cases").assert_outcomes(passed=1)
+
+
+# Several processes, shards, and what changed
+
+
+def xdist(project: Project, *arguments: str) -> pytest.RunResult:
+    """A session of two processes, in a process of its own as its workers are."""
+    given = ("-p", "refiners.parity.plugin", "-p", "xdist.plugin", "-p", "no:cacheprovider", "--assert=plain")
+    return project.pytester.runpytest_subprocess(*given, "-n", "2", "--dist", "worksteal", *arguments)
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text())
+    for row in (*data["results"], *data["full_size"]):
+        del row["seconds"]
+    return {**data, "problems": sorted(data["problems"])}
+
+
+MANY = f"{GOOD}, {BAD}, *[make_case(id='many/' + name) for name in 'abcd']"
+
+
+def test_two_processes_give_the_results_of_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts, counts, order, what is wrong and why, all but the times; and what has to run again."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    project.cases(MANY)
+    project.run("--parity-cases", "their_cases", "--parity-json", "one.json").assert_outcomes(passed=22, failed=2)
+    result = xdist(project, "--parity-cases", "their_cases", "--parity-json", "two.json", "--parity-html", "out")
+    result.assert_outcomes(passed=22, failed=2)
+    result.stdout.fnmatch_lines(["*bad/one?float64?: 2 faults*", "*21 BITWISE, 2 DIFFERENT*", "page: *"])
+    one, two = (without_times(project.pytester.path / f"{name}.json") for name in ("one", "two"))
+    assert [row["case"] for row in two["results"]] == [row["case"] for row in one["results"]]
+    seconds = [told.pop("text") for run in (one, two) for told in run["explanations"].values()]
+    assert len(seconds) == 4
+    assert two == one
+    assert "Equal when <code>eps</code> is 1e-05" in (project.pytester.path / "out" / "index.html").read_text()
+    again = xdist(project, "--parity-cases", "their_cases", "--changed")
+    again.stdout.fnmatch_lines(["changed: 2 of 24 run, 22 passed before with the same digest"])
+
+
+DIES = """
+import os
+from tests.refiners.parity.toys import Port, make_case
+
+class Dies(Port):
+    def forward(self, x):
+        os._exit(1)
+
+class CachesTheFirst(Port):
+    def forward(self, x):
+        if "kept" not in self.__dict__:
+            self.kept = super().forward(x)
+        return self.kept
+
+CASES = [make_case(id="good/one"), make_case(Dies, id="bad/dies", lanes=("float64",)),
+         make_case(CachesTheFirst, id="bad/cached", lanes=("float64",)), make_case(id="good/two")]
+"""
+
+
+def test_in_several_processes_nothing_is_lost_in_silence(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale line of the ledger, a process that dies, and what only the second look sees."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    project.pytester.makepyfile(their_cases=DIES)
+    line = '[[line]]\nid = "good/gone"\nlane = "float32"\nverdict = "ROUNDING"\ncause = "x"\nuntil = "y"\n'
+    (project.pytester.path / "ledger.toml").write_text(line)
+    result = xdist(project, "--parity-cases", "their_cases", "--parity-ledger", "ledger.toml")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=8, failed=3)
+    result.stdout.fnmatch_lines(["*good/gone?float32?, which is not registered: remove it*"])
+    result.stdout.fnmatch_lines(["*with other weights and inputs the output `y` differs*"])
+    result.stdout.fnmatch_lines(["*worker * crashed while running *bad/dies*"])
+    result.stdout.fnmatch_lines(["*1 of 10 registered parity items did not run: bad/dies?float64?*"])
+
+
+def passed_in(project: Project, *arguments: str) -> set[str]:
+    project.run("--parity-cases", "their_cases", "--parity-json", "shard.json", *arguments)
+    path = project.pytester.path / "shard.json"
+    data = json.loads(path.read_text())
+    path.unlink()
+    rows = {f"{row['case']}[{row['lane']}]" for row in data["results"]}
+    return rows | {f"{row['case']}[meta:{row['name']}]" for row in data["full_size"]}
+
+
+def test_shards_are_disjoint_and_make_up_the_whole(project: Project) -> None:
+    project.cases(GOOD)
+    whole = passed_in(project)
+    first, second = passed_in(project, "--shard", "1/2"), passed_in(project, "--shard=2/2")
+    assert first | second == whole
+    assert not first & second
+    assert len({name.partition("[")[0] for name in first}) == 1
+
+
+def test_a_shard_is_complete_in_itself_and_holds_other_tests_too(project: Project) -> None:
+    project.cases(GOOD)
+    folder = project.pytester.mkdir("proof")
+    (folder / "test_parity.py").write_text('PARITY_CASES = "their_cases"\ndef test_a(): pass\ndef test_b(): pass\n')
+    counts = [project.run("proof", "--shard", f"{number}/3").parseoutcomes() for number in (1, 2, 3)]
+    assert sum(count["passed"] for count in counts) == 8
+    assert all(count["passed"] + count["deselected"] == 8 for count in counts)
+    result = project.run("proof", "--shard", "1/3")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["shard 1/3: * of 8 run here"])
+
+
+def test_there_is_no_shard_three_of_two(project: Project) -> None:
+    project.cases(GOOD)
+    result = project.run("--parity-cases", "their_cases", "--shard", "3/2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*There is no shard '3/2'*"])
+
+
+def test_what_passed_is_left_out_until_it_changes(project: Project) -> None:
+    project.cases(GOOD)
+    first = project.run("--parity-cases", "their_cases", "--changed")
+    first.assert_outcomes(passed=6)
+    second = project.run("--parity-cases", "their_cases", "--changed")
+    second.assert_outcomes(deselected=6)
+    assert second.ret == pytest.ExitCode.OK
+    second.stdout.fnmatch_lines(["changed: 0 of 6 run, 6 passed before with the same digest"])
+    path = project.pytester.path / "their_cases.py"
+    path.write_text(f"{path.read_text()}\n# changed\n")
+    project.run("--parity-cases", "their_cases", "--changed").assert_outcomes(passed=6)
+
+
+def test_what_failed_runs_again_although_nothing_changed(project: Project) -> None:
+    project.cases(f"{GOOD}, {BAD}")
+    arguments = ("--parity-cases", "their_cases")
+    project.run(*arguments).assert_outcomes(passed=6, failed=2)
+    project.run(*arguments, "--changed").assert_outcomes(failed=2, deselected=6)
+
+
+def test_other_reports_of_pytest_are_not_filled_with_results(project: Project) -> None:
+    project.cases(GOOD)
+    project.run("--parity-cases", "their_cases", "--junitxml", "out.xml")
+    text = (project.pytester.path / "out.xml").read_text()
+    assert text.count("<testcase ") == 6
+    assert "refiners-parity" not in text
+
+
+STOPS = """
+import pytest
+
+def pytest_runtest_call(item):
+    if "good/two" in item.name:
+        raise KeyboardInterrupt
+"""
+
+
+def test_ctrl_c_keeps_what_was_measured(project: Project) -> None:
+    project.cases(GOOD)
+    project.pytester.makeconftest(STOPS)
+    given = (
+        "-p",
+        "refiners.parity.plugin",
+        "-p",
+        "no:cacheprovider",
+        "--assert=plain",
+        "--parity-cases",
+        "their_cases",
+    )
+    outputs = ("--parity-json", "out.json", "--parity-html", "out")
+    result = project.pytester.runpytest_inprocess(*given, *outputs, no_reraise_ctrlc=True)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    data = json.loads((project.pytester.path / "out.json").read_text())
+    assert len(data["results"]) == 4
+    assert data["problems"][0] == "interrupted: what follows was not run"
+    assert "not run" in (project.pytester.path / "out" / "index.html").read_text()

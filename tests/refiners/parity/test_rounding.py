@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from refiners.parity import rounding
+from refiners.parity.lanes import Lane
+from refiners.parity.measured_models import SUBJECTS, Convolutions, Subject
+from refiners.parity.pairing import Kind, Pair
+from refiners.parity.result import Verdict
+from refiners.parity.rewrites import MISTAKES, REWRITES
 from refiners.parity.rounding import (
     ENOUGH,
     ERROR_RATIO,
@@ -16,19 +22,39 @@ from refiners.parity.rounding import (
     why_not_rounding,
     worst_output_ratio,
 )
-from refiners.parity.rounding_measured import MISTAKES, REWRITES, measure_float64, measure_ratios
+from refiners.parity.rounding_measured import Setting, measure, plant, spoil_one_element
+from refiners.parity.verdict import compare, judge
 
 
 @pytest.mark.parametrize("way", REWRITES)
-def test_a_legitimate_rewrite_is_far_below_both_constants(way: str) -> None:
-    assert measure_float64(way, seeds=2)[1] * 100 < FLOAT64_AGREEMENT
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert max(measure_ratios(way, dtype, seeds=2)) < ERROR_RATIO
+def test_a_legitimate_rewrite_is_no_false_alarm(way: str) -> None:
+    found = [one for subject in SUBJECTS for one in measure(Setting(subject, 16, 3), {way: REWRITES[way]})]
+    assert found, "no model has anything to do otherwise"
+    assert [one.reason for one in found if one.verdict is Verdict.DIFFERENT] == []
+    assert max(one.float64 for one in found if one.lane.is_truth) * 100 < FLOAT64_AGREEMENT
 
 
 @pytest.mark.parametrize("way", MISTAKES)
 def test_a_mistake_is_far_above_the_constant_of_float64(way: str) -> None:
-    assert measure_float64(way, seeds=2)[0] > FLOAT64_AGREEMENT * 1000
+    found = [
+        one for subject in SUBJECTS for one in measure(Setting(subject, 16, 3), {way: MISTAKES[way]}, ("float64",))
+    ]
+    assert found
+    assert {one.verdict for one in found} == {Verdict.DIFFERENT}
+    assert min(one.float64 for one in found) > FLOAT64_AGREEMENT * 1000
+
+
+@pytest.mark.parametrize("lane", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_one_element_of_the_other_sign_is_no_rounding_in_any_lane(subject: Subject, lane: str) -> None:
+    assert spoil_one_element(Setting(subject, 16, 0), "of the other sign", Lane(lane)) is Verdict.DIFFERENT
+
+
+def test_a_planted_mistake_is_never_called_rounding() -> None:
+    found = [one for one in plant(Setting(Convolutions, 16, 0)) if one.shows and not one.is_of_precision]
+    assert len(found) > 400
+    assert [one for one in found if one.verdict is Verdict.ROUNDING] == []
+    assert {one.verdict for one in found if one.lane == "float64"} == {Verdict.DIFFERENT}
 
 
 def test_one_huge_value_does_not_hide_an_error_elsewhere() -> None:
@@ -87,3 +113,30 @@ def test_no_port_has_to_be_better_than_half_a_unit_in_the_last_place() -> None:
     assert joint_ratio([pair(0.0, 2**-7, 10)], torch.bfloat16) > 1.9
     assert joint_ratio([pair(0.0, float("inf"), 10)], torch.bfloat16) > ERROR_RATIO
     assert joint_ratio([], torch.bfloat16) == 1.0
+
+
+def test_one_element_far_worse_than_any_of_upstreams_is_no_rounding() -> None:
+    outputs = [ErrorPair("y", Error(1e-3, 4e-3, 100_000), Error(1.01e-3, 0.1, 100_000))]
+    assert "one element of the port's `y` is 25 times" in why_not_rounding(outputs, [], torch.bfloat16)
+    assert why_not_rounding([pair(1e-3, 1.9e-3, 100)], [], torch.bfloat16) == ""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_element_of_many_thousands_that_is_twice_too_large_is_no_rounding(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, generator = Lane(dtype), torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator).to(lane.dtype) for rows in (512, 64))
+    plain, truth = x @ weight.T, x.double() @ weight.double().T
+    spoilt = plain.clone()
+    at = int(truth.flatten().abs().sort().indices[plain.numel() // 2])
+    spoilt.view(-1)[at] *= 2
+    assert plain.numel() == 32_768
+
+    def told() -> Verdict:
+        compared = [compare(Pair("y", Kind.OUTPUT, plain, spoilt), truth)]
+        return judge(compared, (), lane, float64_verdict=Verdict.BITWISE)[0]
+
+    assert told() is Verdict.DIFFERENT
+    monkeypatch.setattr(rounding, "ELEMENT_RATIO", float("inf"))
+    assert told() is (Verdict.ROUNDING if dtype == "bfloat16" else Verdict.DIFFERENT)

@@ -190,7 +190,7 @@ def test_the_terminal_shows_the_table_the_problems_and_the_summary() -> None:
         text = file.getvalue()
         assert "8/8 toy/broken[float16] DIFFERENT" in text
         assert text.count("BITWISE") == 4 + 4 + 1
-        assert "✗ toy/broken[float64]: DIFFERENT: building the port raised" in text
+        assert "✗ toy/broken[float64, float32, bfloat16, float16]: DIFFERENT: building the port raised" in text
         assert "4 BITWISE, 4 DIFFERENT; 896 elements compared" in text
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.parity.fingerprint import Values
-from refiners.parity.trace import Trace, record
-from tests.refiners.parity.toys import Upstream
+from refiners.parity.operations import Trace
+from refiners.parity.trace import record
+from tests.refiners.parity.toys import Port, Upstream
 
 
 def traced(model: nn.Module, *, read_views: bool = False) -> Trace:
@@ -97,9 +98,30 @@ def test_no_hook_stays_on_the_model() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_operations_below_float64_are_listed() -> None:
-    class Island(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.softmax(x.double().float(), -1).double()
+def forward_and_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    y = model(x)
+    y.sum().backward()
+    return {"y": y}
 
-    assert any("softmax" in operation.name for operation in traced(Island()).outside_float64())
+
+def test_the_backward_pass_names_the_module_and_the_line_it_goes_back_through() -> None:
+    model = Upstream()
+    x = torch.randn(3, 8)
+    trace = record(model, lambda: forward_and_backward(model, x), Values(), gradients=True)[0]
+    back = {op.name: op for op in trace.operations if op.backward_of is not None}
+    gelu = back["aten.gelu_backward"]
+    assert trace.operations[gelu.backward_of or 0].name == "aten.gelu"
+    assert gelu.source is not None
+    assert "F.gelu" in gelu.source.code
+    paths = {trace.path_of(op) for op in trace.operations if op.name == "aten.native_layer_norm_backward"}
+    assert paths == {"norm_1", "norm_2"}
+    assert set(trace.gradients) == {name for name, _ in model.named_parameters()}
+
+
+def test_equal_gradients_have_one_number() -> None:
+    model, other = Upstream(), Port()
+    other.load_state_dict(model.state_dict())
+    x, values = torch.randn(3, 8), Values()
+    traces = [record(m, lambda m=m: forward_and_backward(m, x), values, gradients=True)[0] for m in (model, other)]
+    assert traces[0].gradients == traces[1].gradients
+    assert {op.outputs for op in traces[0].operations} == {op.outputs for op in traces[1].operations}

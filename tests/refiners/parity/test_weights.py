@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from refiners.conversion import KeyMap, Merge, Squeeze
 from refiners.errors import ParityError
-from refiners.parity import Verdict, with_both_inits
-from refiners.parity.influence import examine, matches
+from refiners.parity import Verdict, weights, with_both_inits
+from refiners.parity.influence import examine, matches, neutral, never_read
 from refiners.parity.weights import (
     ALIGNMENT,
     align,
@@ -124,7 +125,7 @@ class Copies(SameKeys):
 def test_copies_are_told_in_the_result() -> None:
     assert len(share(Upstream(), Port(), Copies()).copied) == 8
     result = result_of(make_case(key_map=Copies()))
-    assert result.notes == ("8 of 8 port tensors are copies, not upstream's storage",)
+    assert result.notes[0] == "8 of 8 port tensors are copies, not upstream's storage"
 
 
 class IgnoresAssign(Port):
@@ -223,9 +224,9 @@ def test_upstreams_own_init_is_the_same_in_every_lane() -> None:
 
     for lane in case.lanes:
         assert result_of(make_case(init="upstream", run_port=spy), lane).verdict is Verdict.BITWISE
-    assert len(seen) == 4 * 3  # once, with moved weights, and once more
-    assert torch.equal(seen[0].float(), seen[3])
-    assert torch.equal(seen[3].bfloat16(), seen[6])
+    assert len(seen) == 4 * 4  # once, with moved weights, once more, and for its dtypes
+    assert torch.equal(seen[0].float(), seen[4])
+    assert torch.equal(seen[4].bfloat16(), seen[8])
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
 
@@ -282,6 +283,86 @@ def test_gradients_of_weights_without_influence_are_judged_as_noise() -> None:
     case = make_case(OtherOrder, upstream=KeyBias, without_influence={"key.bias": "softmax"})
     for lane in case.lanes:
         assert result_of(case, lane).verdict in (Verdict.ROUNDING, Verdict.BITWISE)
+
+
+class Reserved(Upstream):
+    """Holds a table that the forward does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", torch.arange(8) ** 2)
+
+
+class ReservedToo(Reserved):
+    """The same."""
+
+
+class ReadsOneRow(Reserved):
+    """Reads a part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.table[1:2]
+
+
+class ReadsOneRowToo(ReadsOneRow):
+    """The same."""
+
+
+def test_what_the_forward_of_the_port_never_reads_is_a_fault() -> None:
+    assert result_of(make_case(ReservedToo, upstream=Reserved)).reason == "the port's forward never reads `table`"
+    declared = make_case(ReservedToo, upstream=Reserved, without_influence={"table": "is for another task"})
+    assert not any("never reads" in reason for reason in result_of(declared).reasons)
+    assert result_of(make_case(ReadsOneRowToo, upstream=ReadsOneRow)).verdict is Verdict.BITWISE
+
+
+class Spare(Upstream):
+    """Holds a row that only another task reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(1, 8))
+
+
+class SpareVector(Upstream):
+    """Holds it as a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(8))
+
+
+LAYERS = {"norm_1": "norm_1", "norm_2": "norm_2", "up": "up", "down": "down"}
+
+
+def test_a_declared_weight_is_excused_under_any_shape_of_the_key_map() -> None:
+    key_map = KeyMap({**LAYERS, "row": Squeeze("row", dim=0)})
+    case = make_case(SpareVector, upstream=Spare, key_map=key_map, without_influence={"row": "is for another task"})
+    assert result_of(case).verdict is Verdict.BITWISE
+
+
+def test_a_weight_that_is_made_of_several_is_excused_when_all_of_them_are() -> None:
+    models = nn.ModuleDict({"q": nn.Linear(2, 3), "k": nn.Linear(2, 3)}), nn.ModuleDict({"qk": nn.Linear(2, 6)})
+    origins = weights.origins(["qk.bias"], models, KeyMap({("q.{p}", "k.{p}"): Merge("qk.{p}")}))
+    assert origins == {"qk.bias": ("q.bias", "k.bias")}
+    assert never_read(origins, {"k.bias": "why"}) == ["the port's forward never reads `qk.bias`"]
+    assert never_read(origins, {"*.bias": "why"}) == []
+
+
+def test_upstreams_own_initialisation_fails_the_proof_that_values_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {entry.key: entry.tensor for entry in floating_entries(torch.nn.LayerNorm(8))}
+    assert neutral(entries) == ["weight", "bias"]
+    monkeypatch.setattr(weights, "fill_informative", lambda model, seed: None)
+    result = result_of(make_case())
+    assert result.verdict is Verdict.DIFFERENT
+    told = "`norm_1.weight`, `norm_1.bias`, `norm_2.weight`, `norm_2.bias` hold one number everywhere"
+    assert result.reason.startswith(told)
+
+
+def test_weights_that_show_nothing_are_noted_where_upstreams_initialisation_is_wanted() -> None:
+    result = result_of(make_case(init="upstream"))
+    assert result.verdict is Verdict.BITWISE
+    assert any(note.startswith("4 weights hold one number everywhere") for note in result.notes)
 
 
 def test_patterns_of_declared_weights_know_numbers_and_anything() -> None:
