@@ -27,6 +27,7 @@ from reference_ports.clip.model import (
     clip_text_h,
     clip_text_l,
 )
+from reference_ports.clip.single_file import OPEN_CLIP_PROJECTION_KEYS, OPEN_CLIP_TEXT_KEYS
 from reference_ports.clip.text import (
     CLIPTextEncoder,
     CLIPTextModel,
@@ -309,7 +310,12 @@ def clip_from_config(
 
 def _text_port(name: str, build: Callable[[], nn.Module], summary: str) -> Port:
     return Port(
-        name=name, build=build, key_map=TEXT_PROJECTION_KEYS, from_config=text_projection_from_config, summary=summary
+        name=name,
+        build=build,
+        key_map=TEXT_PROJECTION_KEYS,
+        from_config=text_projection_from_config,
+        summary=summary,
+        layouts=(OPEN_CLIP_PROJECTION_KEYS,),
     )
 
 
@@ -328,6 +334,9 @@ PORTS: Mapping[str, Port] = {
             key_map=TEXT_ENCODER_KEYS,
             from_config=text_encoder_from_config,
             summary="text encoder of CLIP without a head; that of ViT-L/14 unless a config says otherwise",
+            layouts=(
+                OPEN_CLIP_TEXT_KEYS | KeyMap({}, ignore={"text_projection": "comes after the last hidden state"}),
+            ),
         ),
         Port(
             name="clip-image",

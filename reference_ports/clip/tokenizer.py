@@ -103,14 +103,11 @@ class CLIPTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text between its two ends, cut to `max_length`, without padding."""
-        ids: list[int] = []
-        for part in self._split_at_special_tokens(text):
-            if part in self._special_tokens:
-                ids.append(self._ids[part])
-                continue
-            for piece in _pieces(_normalize(part)):
-                ids.extend(self._encode_piece(piece))
-        return [self.start_of_text_id, *ids[: self.max_length - 2], self.end_of_text_id]
+        return [self.start_of_text_id, *self._encode_whole(text)[: self.max_length - 2], self.end_of_text_id]
+
+    def overflow(self, text: str) -> str:
+        """The end of a text, which `encode` cuts off; empty where all of it fits."""
+        return self.decode(self._encode_whole(text)[self.max_length - 2 :])
 
     def __call__(
         self, texts: str | Sequence[str], padding: Literal["max_length", "longest"] = "max_length"
@@ -129,6 +126,17 @@ class CLIPTokenizer:
         byte_of = {symbol: byte for byte, symbol in enumerate(self._byte_symbols)}
         data = bytes(byte_of[symbol] for symbol in symbols)
         return data.decode("utf-8", errors="replace").replace(END_OF_WORD, " ").strip()
+
+    def _encode_whole(self, text: str) -> list[int]:
+        """The ids of a text of any length, without its two ends."""
+        ids: list[int] = []
+        for part in self._split_at_special_tokens(text):
+            if part in self._special_tokens:
+                ids.append(self._ids[part])
+                continue
+            for piece in _pieces(_normalize(part)):
+                ids.extend(self._encode_piece(piece))
+        return ids
 
     def _split_at_special_tokens(self, text: str) -> Iterator[str]:
         start = position = 0
