@@ -1,0 +1,109 @@
+"""`refiners generate`: what it writes, what it says, and what it refuses before it loads anything."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from reference_ports.pipelines.stable_diffusion import command
+from reference_ports.pipelines.stable_diffusion.command import generate
+from refiners import cli
+from refiners.errors import ChainError, FileFormatError, InputError
+
+
+@pytest.fixture
+def options(directory: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"model": directory, "prompt": "a cat", "output": tmp_path / "cat.png", "steps": 1, "seed": 5}
+
+
+def test_a_picture_is_written_and_told(options: dict[str, Any], tmp_path: Path) -> None:
+    assert generate(**options, width=48) == f"{tmp_path}/cat.png: 48x32 pixels, 1 steps of DDIM, seed 5."
+    with Image.open(tmp_path / "cat.png") as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (48, 32), "RGB")
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
+
+
+def test_a_seed_that_is_not_given_is_told(options: dict[str, Any], tmp_path: Path) -> None:
+    told = generate(**{**options, "seed": None})
+    seed = int(told.rpartition("seed ")[2].rstrip("."))
+    again = generate(**{**options, "seed": seed, "output": tmp_path / "again.png"})
+    assert again.endswith(f"seed {seed}.")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "cat.png").read_bytes()
+
+
+def test_pictures_and_masks_are_read_from_files(options: dict[str, Any], tmp_path: Path) -> None:
+    Image.new("RGB", (50, 41), "red").save(tmp_path / "red.png")
+    Image.new("L", (50, 41), 255).save(tmp_path / "mask.png")
+    assert "50x40 pixels" in generate(**options, image=tmp_path / "red.png", strength=1.0)
+    both = {"image": tmp_path / "red.png", "mask": tmp_path / "mask.png", "overwrite": True}
+    assert "48x40 pixels" in generate(**options, **both)
+
+
+def test_the_command_line_hands_its_options_over(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", options["model"], "--prompt", "a cat", "--steps", 1, "--seed", 5, "-o", options["output"]]
+    monkeypatch.setattr("sys.argv", ["refiners", "generate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr()
+    assert not end.value.code
+    assert shown.out == f"{options['output']}: 32x32 pixels, 1 steps of DDIM, seed 5.\n"
+    assert "Denoising" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"steps": 0}, InputError, "--steps is 0"),
+        ({"solver": "fast"}, InputError, "no solver 'fast'. There are ddim, "),
+        ({"width": 33}, InputError, "--width is 33: it must be a multiple of 8"),
+        ({"height": 0}, InputError, "--height is 0"),
+        ({"dtype": "int64"}, InputError, "--dtype is int64"),
+        ({"dtype": "float31"}, InputError, 'Unknown dtype "float31"'),
+        ({"device": "abacus"}, InputError, "The device 'abacus' cannot be used"),
+        ({"mask": "x.png"}, InputError, "give the picture with --image"),
+        ({"strength": 0.5}, InputError, "give the picture with --image"),
+        ({"image": "x.png", "width": 64}, InputError, "leave --height and --width out"),
+        ({"image": "nowhere.png"}, FileNotFoundError, "nowhere.png"),
+        ({"image": __file__}, FileFormatError, "holds no picture"),
+        ({"output": "cat.gif"}, FileFormatError, "has to end with .png"),
+        ({"output": "no/folder/cat.png"}, FileNotFoundError, "Create it first"),
+        ({"output": __file__}, FileFormatError, "exists. Nothing was made.*--force"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "from_directory", None)
+    paths = {key: Path(value) for key, value in changes.items() if key in ("image", "mask", "output")}
+    with pytest.raises(error, match=message):
+        generate(**{**options, **changes, **paths})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_too_long_is_a_warning(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    generate(**{**options, "prompt": "a cat and " * 40})
+    assert "Warning: A prompt may have 77 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_is_told_with_what_helps(
+    error: Exception, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise ChainError("a leaf failed") from error
+
+    monkeypatch.setattr(command, "from_directory", load)
+    with pytest.raises(InputError, match="memory of cpu does not suffice.*this was float32"):
+        generate(**options)
+    assert not options["output"].exists()
