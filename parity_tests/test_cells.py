@@ -10,10 +10,19 @@ from refiners.parity.metamorphic import CELLS, check_cell, check_cells
 
 CASES = {case.id: case for case in load_cases("parity_tests.cases")}
 TINY = [case for case in CASES.values() if case.weights is None and not case.id.endswith("-width")]
-COMPILED = ("bert/tiny", "bert/sentences", "clip/text-bigg", "clip/image-interpolated", "clip/whole", "vit/tiny")
+COMPILED = (
+    "bert/tiny",
+    "bert/sentences",
+    "clip/text-bigg",
+    "clip/image-interpolated",
+    "clip/whole",
+    "vit/tiny",
+    "unet/sdxl",
+)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers'
 @pytest.mark.parametrize("case", TINY, ids=[case.id for case in TINY])
 def test_what_changes_nothing_changes_nothing(case: Case) -> None:
     found = check_cells(case, [cell for cell in CELLS if cell != "compiled"])

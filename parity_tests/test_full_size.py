@@ -14,6 +14,8 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextC
 
 import reference_ports
 from parity_tests.cases.bert import minilm_config
+from parity_tests.published_autoencoders import AUTOENCODERS
+from parity_tests.published_unets import UNETS
 from reference_ports import bert, clip
 from refiners.conversion import KeyMap, Port
 from refiners.errors import ConversionError
@@ -207,6 +209,8 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
     "vit-b32": {**VIT_BASE, "patch_size": 32},
     "vit-l16": VIT_LARGE,
     "vit-l32": {**VIT_LARGE, "patch_size": 32},
+    **AUTOENCODERS,
+    **UNETS,
 }
 
 
