@@ -24,6 +24,7 @@ SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PIP_CONSTRAINT": str(CONSTRAINTS), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
 # A room as `testpaths` gives way to paths among the arguments: `nox -s tests -- tests/refiners/test_cli.py`.
 PYTEST = ["-m", "pytest", "--override-ini"]
+MOST_PROCESSES = 8  # each imports torch and transformers, which takes a gigabyte
 PACKAGES = ["refiners", "reference_ports", "parity_tests", "benchmarks", "tests", "tools", "docs", "noxfile.py"]
 
 # True where a session must not make or use `.nox/environment`: under --no-venv, said by the session that makes it.
@@ -59,6 +60,18 @@ def run(session: nox.Session, *arguments: str) -> None:
     session.run(python(), *arguments, env=OFFLINE)
 
 
+def in_parallel(arguments: list[str]) -> list[str]:
+    """The arguments by which pytest-xdist uses all cores, unless it is told otherwise or would be in the way."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    serial = ("-n", "--numprocesses", "--dist", "--pdb", "--collect-only")
+    asked = any(argument.startswith(serial) for argument in arguments)
+    shares_a_gpu = any(argument.endswith(("cuda", "device=all")) for argument in arguments) or "all" in arguments
+    if asked or shares_a_gpu or cores < 2:
+        return []
+    # Items that follow one another go to one process, so that the lanes of a case share what they can.
+    return ["-n", str(min(cores, MOST_PROCESSES)), "--dist", "worksteal"]
+
+
 @nox.session(reuse_venv=True)
 def environment(session: nox.Session) -> None:
     """Make the environment that all sessions share: the pinned torch first, then this project, editable."""
@@ -72,10 +85,17 @@ def environment(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def parity(session: nox.Session) -> None:
-    """Prove that every port computes what its upstream computes; `-- -k clip` for some of them."""
+    """Prove that every port computes what its upstream computes; `-- -k clip`, `-- --shard 2/5`, `-- --changed`."""
     install(session, "parity")
     install(session, "published-files", "--no-deps")
-    run(session, *PYTEST, "testpaths=parity_tests", *session.posargs)
+    run(session, *PYTEST, "testpaths=parity_tests", *in_parallel(session.posargs), *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def parity_full(session: nox.Session) -> None:
+    """Run published sizes in full beside upstream: bits, time and memory. Takes minutes and 8 GiB."""
+    install(session, "parity")
+    run(session, "-m", "pytest", "parity_tests/full_run.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
@@ -87,10 +107,34 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["environment"])
+def upstream(session: nox.Session) -> None:
+    """Run the cases against other versions; `-- transformers==5.17.0 diffusers==0.36.0`, then as `parity drift`."""
+    install(session, "parity")
+    install(session, "published-files", "--no-deps")
+    versions = [argument for argument in session.posargs if "==" in argument]
+    others = ROOT / ".nox" / ("upstream-" + "-".join(sorted(versions)).replace("==", "-"))
+    if versions:
+        # An environment of its own on top of the shared one: what is given comes first, torch is not fetched again.
+        session.run(python(), "-m", "venv", "--without-pip", str(others))
+        interpreter = str(others / SCRIPTS / "python")
+        show = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        below, own = (str(session.run(p, "-c", show, silent=True)).strip() for p in (python(), interpreter))
+        Path(own, "below.pth").write_text(f"{below}\n")
+        torch = others / "constraints.txt"
+        torch.write_text(f"{pinned('torch')}\n")
+        pip = [python(), "-m", "pip", "--python", interpreter]
+        session.run(*pip, "install", "--quiet", *versions, env={**OFFLINE, "PIP_CONSTRAINT": str(torch)})
+    else:
+        interpreter = python()
+    session.env.update(OFFLINE)
+    session.run(interpreter, "-m", "refiners.cli", "parity", "drift", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
 def tests(session: nox.Session) -> None:
     """Run the unit tests, the examples of the docs, and the planted faults of every rule."""
     install(session, "tests")
-    run(session, *PYTEST, "testpaths=tests", *session.posargs)
+    run(session, *PYTEST, "testpaths=tests", *in_parallel(session.posargs), *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
