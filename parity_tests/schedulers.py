@@ -87,6 +87,8 @@ def last_draw(generator: torch.Generator | list[torch.Generator]) -> Tensor:
 class UpstreamLoop(nn.Module):
     """A scheduler of diffusers with the denoiser."""
 
+    upstream_package = "diffusers"
+
     def __init__(self, loop: Loop, scheduler: Any) -> None:
         super().__init__()
         self.loop, self.scheduler = loop, scheduler

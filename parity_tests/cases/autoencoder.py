@@ -60,6 +60,7 @@ SIXTEEN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv"
 
 WIDE_LANES = {"lanes": ("float64", "float32")}
 KEY_BIAS = {"*.to_k.bias": "adds the same number to all scores of a query: softmax removes it"}
+FORGETS_TO_SCALE = {"checkpointed": "upstream's AutoencoderTiny forgets to scale its pixels with checkpoints on"}
 PICTURES = {"padded": "pictures are not padded"}
 ONE_GENERATOR = {"batch": "one generator draws for all pictures in turn"}
 
@@ -232,7 +233,7 @@ def tiny_case(
         "run_upstream": run_upstream_tiny,
         "run_port": run_port_tiny,
         "batch_axis": 0,
-        "without_cells": PICTURES,
+        "without_cells": {**PICTURES, **FORGETS_TO_SCALE},
     }
     return Case(**{**fields, **(more or {})})
 

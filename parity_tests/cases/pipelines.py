@@ -53,6 +53,8 @@ SOFTMAX = "adds the same number to all scores of a query: softmax removes it"
 class Upstream(nn.Module):
     """A pipeline of upstream, with its models as submodules."""
 
+    upstream_package = "diffusers"
+
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__()
         pipeline.set_progress_bar_config(disable=True)

@@ -49,7 +49,7 @@ def _checkpointing(model: nn.Module) -> nn.Module:
     return made
 
 
-def _switch(model: nn.Module) -> Callable[[], None] | None:
+def _switch(model: nn.Module) -> Callable[[], object] | None:
     """What turns gradient checkpointing on: transformers and diffusers name it differently."""
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if callable(enable):

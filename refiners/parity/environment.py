@@ -24,8 +24,11 @@ def version_of(package: str) -> str:
 
 
 def origin_of(model: nn.Module) -> str:
-    """The package a model's class comes from, with its version."""
-    return version_of(type(model).__module__.split(".")[0])
+    """The package a model's class comes from, with its version.
+
+    A module that only holds what is upstream's, such as a scheduler, names the package in `upstream_package`.
+    """
+    return version_of(getattr(type(model), "upstream_package", type(model).__module__.split(".")[0]))
 
 
 def package_behind(error: BaseException) -> str:

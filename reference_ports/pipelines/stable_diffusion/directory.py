@@ -92,9 +92,12 @@ def _tokenizer(opened: OpenedModel, name: str) -> CLIPTokenizer:
 
 
 def _solver(opened: OpenedModel, name: str | None) -> solvers.Solver[Any]:
+    file = opened.path / "scheduler" / "scheduler_config.json"
+    if opened.layout == "folder" and name is None and not file.is_file():
+        raise FileFormatError(f"{opened.path} lacks scheduler/{file.name}. Download it too, or name a solver.")
     solver = solvers.from_config(opened.scheduler, FIRST_STEPS, solver=name)
     # Upstream's pipelines pass an η of 0 to every scheduler that takes one, also to TCD, whose own is 0.3.
-    corrected = {"eta": 0.0}
+    corrected: dict[str, Any] = {"eta": 0.0}
     if not _is_xl(opened):
         corrected |= {"steps_offset": 1, "clip_sample": False}
     changes = {field: value for field, value in corrected.items() if hasattr(solver.params, field)}

@@ -81,6 +81,13 @@ def test_a_part_that_cannot_be_honoured_is_named(copied: Path) -> None:
         from_directory(copied)
 
 
+def test_a_model_without_its_scheduler_needs_a_solver_by_name(copied: Path) -> None:
+    (copied / "scheduler").rename(copied / "elsewhere")
+    with pytest.raises(FileFormatError, match="lacks scheduler/scheduler_config.json"):
+        from_directory(copied)
+    assert from_directory(copied, solver="ddim").solver.params.eta == 0.0
+
+
 def test_a_model_without_its_tokenizer_is_refused(copied: Path) -> None:
     (copied / "tokenizer").rename(copied / "elsewhere")
     with pytest.raises(FileFormatError, match="lacks the folder tokenizer"):
