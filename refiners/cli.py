@@ -364,9 +364,13 @@ def run_cases(
 
 
 def _beside(cases: str, name: str) -> Path | None:
-    """A file in the first folder of the modules that hold cases."""
-    path = Path(cases.partition(",")[0].partition(".")[0]) / name
+    """A file in the first folder of the modules that hold cases, if it is there."""
+    path = _folder(cases) / name
     return path if path.is_file() else None
+
+
+def _folder(cases: str) -> Path:
+    return Path(cases.partition(",")[0].partition(".")[0])
 
 
 @parity.command("show")
@@ -455,8 +459,6 @@ def mutants(
     """
     from refiners.parity.kill_report import run_mutants
 
-    beside = Path(cases.partition(",")[0].partition(".")[0]) / "equivalent.toml"
-    equivalents = equivalents or (beside if beside.is_file() else None)
     code = run_mutants(
         cases,
         keyword=only or keyword,
@@ -464,7 +466,7 @@ def mutants(
         seed=seed,
         every_case=every_case,
         json_path=json,
-        equivalents_path=equivalents,
+        equivalents_path=equivalents or _beside(cases, "equivalent.toml"),
     )
     raise typer.Exit(code)
 
@@ -500,12 +502,10 @@ def drift(
     """
     from refiners.parity.drift_report import require_versions, run_drift, write_summaries
 
-    folder = Path(cases.partition(",")[0].partition(".")[0])
-    path = summaries or folder / "upstream.json"
+    path = summaries or _folder(cases) / "upstream.json"
     if write:
         raise typer.Exit(write_summaries(path, cases))
-    beside = folder / "ledger.toml"
-    ledger = ledger or (beside if beside.is_file() else None)
+    ledger = ledger or _beside(cases, "ledger.toml")
     texts = [text for text in only or () if "==" not in text]
     require_versions([text for text in only or () if "==" in text])
     if len(texts) > 1:

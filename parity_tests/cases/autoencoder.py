@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from parity_tests.published_autoencoders import TINY as PUBLISHED_TINY
 from reference_ports import autoencoder
 from refiners.fluxion.adapters import inject_checkpoints
 from refiners.fluxion.selectors import select
@@ -38,24 +39,7 @@ FULL: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-TAESDXL: dict[str, Any] = {
-    "_class_name": "AutoencoderTiny",
-    "_diffusers_version": "0.20.0.dev0",
-    "act_fn": "relu",
-    "block_out_channels": [64, 64, 64, 64],
-    "decoder_block_out_channels": [64, 64, 64, 64],
-    "encoder_block_out_channels": [64, 64, 64, 64],
-    "force_upcast": False,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "latent_magnitude": 3,
-    "latent_shift": 0.5,
-    "num_decoder_blocks": [3, 3, 3, 1],
-    "num_encoder_blocks": [1, 3, 3, 3],
-    "out_channels": 3,
-    "scaling_factor": 1.0,
-    "upsampling_scaling_factor": 2,
-}
+TAESDXL: dict[str, Any] = {**PUBLISHED_TINY, "block_out_channels": [64, 64, 64, 64]}
 SIXTEEN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 WIDE_LANES = {"lanes": ("float64", "float32")}

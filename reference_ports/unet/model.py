@@ -207,7 +207,7 @@ class UNet(fl.Chain):
             raise InputError(
                 f"The timestep has the shape {tuple(timestep.shape)}. Give a number, or a tensor of () or (batch,)."
             )
-        self.set_context("diffusion", {"timestep": timestep.reshape(-1).to(self.device)})
+        self.set_context("diffusion", {"timestep": timestep.reshape(-1).to(self.device, torch.float32, copy=True)})
 
     def set_timestep_condition(self, condition: Tensor | None) -> None:
         """Sets the embedding of the guidance scale of a consistency model: Float[Tensor, "batch condition_dim"]."""
