@@ -207,7 +207,9 @@ class UNet(fl.Chain):
             raise InputError(
                 f"The timestep has the shape {tuple(timestep.shape)}. Give a number, or a tensor of () or (batch,)."
             )
-        self.set_context("diffusion", {"timestep": timestep.reshape(-1).to(self.device, torch.float32, copy=True)})
+        # Gradients of a double would be rounded on their way through a float.
+        dtype = timestep.dtype if timestep.requires_grad else torch.float32
+        self.set_context("diffusion", {"timestep": timestep.reshape(-1).to(self.device, dtype, copy=True)})
 
     def set_timestep_condition(self, condition: Tensor | None) -> None:
         """Sets the embedding of the guidance scale of a consistency model: Float[Tensor, "batch condition_dim"]."""
