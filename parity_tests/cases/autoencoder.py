@@ -371,7 +371,13 @@ CASES = (
     ),
     in_pieces(case("slicing", "one picture at a time", partial(draw, batch=3), more=WIDE_LANES), "slicing"),
     in_pieces(
-        case("tiling", "tiles in both directions", partial(LARGE, batch=1), sample_size=16, **TWO_SIZES),
+        case(
+            "tiling",
+            "two pictures at a time, in tiles whose overlap is no whole number",
+            partial(LARGE, width=26, latent_size=(9, 9)),
+            sample_size=12,
+            **TWO_SIZES,
+        ),
         "tiling",
     ),
     in_pieces(

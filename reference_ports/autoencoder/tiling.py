@@ -71,13 +71,16 @@ class TilingAdapter(fl.Chain, fl.Adapter[fl.Chain]):
         kept = self.out_tile_size - extent
         joined: list[Tensor] = []
         for i, row in enumerate(rows):
+            tiles: list[Tensor] = []
             for j, tile in enumerate(row):
                 # In place: the tiles below and on the right blend with what has been blended.
                 if i > 0:
                     blend_rows(rows[i - 1][j], tile, extent)
                 if j > 0:
                     blend_columns(row[j - 1], tile, extent)
-            joined.append(torch.cat([tile[:, :, :kept, :kept] for tile in row], dim=3))
+                # Here and not after the row: gradients add up in the reverse order of the operations.
+                tiles.append(tile[:, :, :kept, :kept])
+            joined.append(torch.cat(tiles, dim=3))
         return torch.cat(joined, dim=2)
 
 
