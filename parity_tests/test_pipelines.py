@@ -1,9 +1,20 @@
 """Whole pipelines beside those of diffusers, on the verified tiny configurations and on rarer options."""
 
+from inspect import signature
+from typing import Any
+
 import pytest
 import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from parity_tests.cases.pipelines import MORE
+from reference_ports.pipelines import stable_diffusion as port
 from refiners.parity import Case, CaseRunner, Lane
 from refiners.parity.bits import same_bits
 from refiners.parity.inputs import place_inputs
@@ -25,3 +36,17 @@ def test_every_latent_and_the_picture_have_the_bits_of_upstream(case: Case, lane
         ours, theirs = case.run_upstream(upstream, inputs), case.run_port(port, inputs)
     assert list(theirs) == list(ours)
     assert [name for name, tensor in ours.items() if not same_bits(tensor, theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "upstream"),
+    [
+        (port.StableDiffusion_1, StableDiffusionPipeline),
+        (port.StableDiffusion_1, StableDiffusionImg2ImgPipeline),
+        (port.StableDiffusion_2, StableDiffusionInpaintPipeline),
+        (port.StableDiffusion_XL, StableDiffusionXLPipeline),
+        (port.StableDiffusion_XL_Refiner, StableDiffusionXLImg2ImgPipeline),
+    ],
+)
+def test_guidance_goes_as_far_as_upstream_unless_it_is_said(model: Any, upstream: Any) -> None:
+    assert model.default_condition_scale == signature(upstream.__call__).parameters["guidance_scale"].default

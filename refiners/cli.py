@@ -223,7 +223,10 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="The same seed, the same picture. Drawn and told by default.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 or less: no guidance.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How closely to follow the prompt; 1 or less: no guidance.  [default: the model's own]"),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8. The model's own by default.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8. The model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -440,6 +440,13 @@ MORE = (
         **QUICK,
         config=tiny.XL,
     ),
+    xl_text(
+        "xl-text-two-prompts",
+        "",
+        {**SIZE, **VERIFIED, "prompt_2": OTHER, "negative_prompt": "ugly", "negative_prompt_2": "blurry"},
+        **QUICK,
+        config=tiny.XL,
+    ),
     xl_image("xl-image", "", SHARE, config=tiny.XL),
     xl_inpainting("xl-inpainting", "", {**SIZE, **VERIFIED, "strength": 0.9}, config={**tiny.XL, **NINE}),
     xl_inpainting(

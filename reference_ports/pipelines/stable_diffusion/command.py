@@ -53,7 +53,7 @@ class Request:
     solver: str | None = None
     steps: int = 30
     seed: int | None = None
-    guidance: float = 7.5
+    guidance: float | None = None
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
@@ -72,7 +72,7 @@ class Request:
             raise InputError(f"--steps is {self.steps}: at least one step is needed.")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise InputError(f"--seed is {self.seed}: it must fit into 64 bits.")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"--guidance is {self.guidance}: it must be a finite number.")
         if self.solver is not None and self.solver not in SOLVERS:
             raise InputError(f"There is no solver {self.solver!r}. There are {', '.join(SOLVERS)}.")
@@ -148,12 +148,27 @@ def begin(
 
 
 def take_steps(generation: Generation, console: Console) -> None:
-    """Takes all steps of a generation, and shows how far it is."""
+    """Takes all steps of a generation, and shows how far it is.
+
+    Raises:
+        InputError: the latents are no numbers any more, so that the picture would be black.
+    """
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(generation))
-        for _ in generation:
+        for latents in generation:
             progress.advance(task)
+            if not latents.isfinite().all():
+                raise InputError(_why_not_finite(generation.model, step=int(progress.tasks[task].completed)))
+
+
+def _why_not_finite(model: LatentDiffusionModel, step: int) -> str:
+    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    problem = f"After step {step} the latents hold NaN or infinity: the picture would be black."
+    if spoilt:
+        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        return f"{problem} So do weights of the model: {', '.join(spoilt[:3])}{more}. Fetch the checkpoint again."
+    return f"{problem} Compute in another precision (--dtype bfloat16 or float32); this was {model.dtype}."
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -51,7 +51,7 @@ class Generation:
         conditions: Conditions,
         steps: Sequence[int],
         *,
-        condition_scale: float = 7.5,
+        condition_scale: float,
         generator: Generators = None,
         after_step: AfterStep | None = None,
     ) -> None:

@@ -20,7 +20,7 @@ Differs from upstream:
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,10 @@ class LatentDiffusionModel(fl.Module):
         unet, autoencoder, solver: the parts, which may be exchanged.
         guidance: how predictions under several conditions become one.
         default_size: height and width of the pictures that the model was trained on, in pixels.
+        default_condition_scale: how far the guidance goes unless it is said.
     """
+
+    default_condition_scale: ClassVar[float] = 7.5
 
     def __init__(
         self,
@@ -105,11 +108,12 @@ class LatentDiffusionModel(fl.Module):
         latents: Latents,
         step: int,
         *,
-        condition_scale: float = 7.5,
+        condition_scale: float | None = None,
         generator: Generators = None,
         **conditions: Tensor,
     ) -> Latents:
         predict = partial(self.predict, step=step)
+        condition_scale = self.default_condition_scale if condition_scale is None else condition_scale
         prediction = self.guidance(predict, latents, conditions, condition_scale)
         return self.solver(latents, prediction, step, generator)
 

@@ -37,7 +37,7 @@ def text_to_image(
     negative_prompt: Prompt | None = None,
     *,
     num_inference_steps: int = 50,
-    condition_scale: float = 7.5,
+    condition_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     generator: Generators = None,
@@ -51,7 +51,8 @@ def text_to_image(
         prompt: a text, or one for each picture.
         negative_prompt: what to go away from: a text for all, or one for each picture.
         num_inference_steps: more take longer and err less.
-        condition_scale: how far to go in the direction of the prompt; 1 or less uses no guidance.
+        condition_scale: how far to go in the direction of the prompt; 1 or less uses no guidance. Each model has
+            its own.
         height, width: of the pictures, in pixels; the model's own unless given.
         generator: source of the noise; one, or one for each picture.
         latents: the noise itself, Float[Tensor, "batch channels height width"].
@@ -63,6 +64,7 @@ def text_to_image(
     """
     height, width = height or model.default_size[0], width or model.default_size[1]
     check_size(height, width)
+    condition_scale = model.default_condition_scale if condition_scale is None else condition_scale
     is_guided = model.guidance.is_used(condition_scale)
     options = {**model.size_options(height, width), **options}
     conditions = model.compute_conditions(prompt, negative_prompt, is_guided=is_guided, **options)
@@ -90,7 +92,7 @@ def image_to_image(
     *,
     strength: float = 0.8,
     num_inference_steps: int = 50,
-    condition_scale: float = 7.5,
+    condition_scale: float | None = None,
     generator: Generators = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
@@ -109,6 +111,7 @@ def image_to_image(
     Raises:
         InputError: a number is out of range, or the inputs do not fit together.
     """
+    condition_scale = model.default_condition_scale if condition_scale is None else condition_scale
     is_guided = model.guidance.is_used(condition_scale)
     batch = len(as_prompts(prompt))
     pixels = picture_to_pixels(image, multiple=model.scale_factor, latent_channels=model.latent_channels)
@@ -138,7 +141,7 @@ def inpaint(
     *,
     strength: float = 1.0,
     num_inference_steps: int = 50,
-    condition_scale: float = 7.5,
+    condition_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     generator: Generators = None,
@@ -161,6 +164,7 @@ def inpaint(
     """
     height, width = height or model.default_size[0], width or model.default_size[1]
     check_size(height, width)
+    condition_scale = model.default_condition_scale if condition_scale is None else condition_scale
     is_guided, batch = model.guidance.is_used(condition_scale), len(as_prompts(prompt))
     options = {**model.size_options(height, width), **options}
     conditions = model.compute_conditions(prompt, negative_prompt, is_guided=is_guided, **options)
@@ -203,7 +207,7 @@ def edit(
     image: Picture,
     negative_prompt: Prompt | None = None,
     *,
-    condition_scale: float = 7.5,
+    condition_scale: float | None = None,
     **options: Any,
 ) -> Generation:
     """Pictures changed as texts say, by a model that was trained for it.
@@ -220,6 +224,7 @@ def edit(
     pixels = picture_to_pixels(image, multiple=model.scale_factor, latent_channels=model.latent_channels).to(
         model.device, model.dtype
     )
+    condition_scale = model.default_condition_scale if condition_scale is None else condition_scale
     latents = repeated(model.autoencoder.encode(pixels).mode(), len(as_prompts(prompt)), "pictures")
     height, width = (length * model.scale_factor for length in latents.shape[-2:])
     generation = text_to_image(

@@ -10,7 +10,7 @@ Differs from upstream:
 - The autoencoder computes in float32 while it encodes for a model in half precision, and is then as it was; upstream
   casts its weights there and back, which rounds those of a model in float64.
 - In a batch, sizes that differ for the negative prompts stay with these. Upstream's text to image mixes up their order.
-- Both text encoders read the same prompt.
+- The refiner, which has one text encoder, refuses a second prompt; upstream ignores it.
 """
 
 from abc import abstractmethod
@@ -37,6 +37,7 @@ from reference_ports.pipelines.stable_diffusion.text import (
 )
 from reference_ports.solvers import Solver
 from reference_ports.unet import UNet
+from refiners.errors import InputError
 
 HALF = (torch.float16, torch.bfloat16)
 Condition = SizeCondition | AestheticCondition
@@ -61,6 +62,8 @@ class XLModel(LatentDiffusionModel):
         needs_float32: whether the autoencoder overflows in float16, as the published one does.
     """
 
+    default_condition_scale = 5.0
+
     def __init__(
         self,
         unet: UNet,
@@ -83,17 +86,29 @@ class XLModel(LatentDiffusionModel):
     # Text
 
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> tuple[States, Pooled]:
-        """The states that the denoiser attends to, and the vector of each whole text."""
+        """What the second text encoder makes of texts: the states of all tokens, and the vector of each whole text."""
         return penultimate_states_and_embedding(self.text_encoder_2, self.tokenizer_2, prompts, clip_skip)
 
+    @abstractmethod
+    def encode_pairs(self, prompts: Sequence[str], prompts_2: Sequence[str], clip_skip: int) -> tuple[States, Pooled]:
+        """The states that the denoiser attends to, and the vector of each whole text."""
+
     def compute_clip_text_embedding(
-        self, prompt: Prompt, negative_prompt: Prompt | None = None, *, is_guided: bool = True, clip_skip: int = 0
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt | None = None,
+        *,
+        prompt_2: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        is_guided: bool = True,
+        clip_skip: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The embeddings of prompts, arranged with those of negative prompts for the guidance.
 
         Receives:
             prompt: a text, or one for each picture.
             negative_prompt: what to go away from: a text for all, or one for each picture.
+            prompt_2, negative_prompt_2: other texts for the second text encoder.
             is_guided: False leaves the negative prompts out.
             clip_skip: how many more of the last layers of the text encoders not to use, for the prompts.
 
@@ -104,13 +119,17 @@ class XLModel(LatentDiffusionModel):
             InputError: prompts are no texts, or there are not as many negative ones; too many layers are skipped.
         """
         prompts = as_prompts(prompt)
-        positive = self.encode_prompts(prompts, clip_skip)
+        positive = self.encode_pairs(prompts, second_prompts(prompt_2, prompts), clip_skip)
         if not is_guided:
             return positive
         if negative_prompt is None and self.zero_negative_prompt:
             negative = torch.zeros_like(positive[0]), torch.zeros_like(positive[1])
         else:
-            negative = self.encode_prompts(negative_prompts(negative_prompt, len(prompts)))
+            first, second = (
+                negative_prompts(texts, len(prompts))
+                for texts in (negative_prompt, negative_prompt_2 or negative_prompt)
+            )
+            negative = self.encode_pairs(first, second, clip_skip=0)
         return self.guidance.arrange(negative[0], positive[0]), self.guidance.arrange(negative[1], positive[1])
 
     def compute_conditions(
@@ -182,9 +201,9 @@ class StableDiffusion_XL(XLModel):
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> tuple[States, Pooled]:
+    def encode_pairs(self, prompts: Sequence[str], prompts_2: Sequence[str], clip_skip: int) -> tuple[States, Pooled]:
         first = penultimate_states(self.text_encoder, self.tokenizer, prompts, clip_skip)
-        second, pooled = super().encode_prompts(prompts, clip_skip)
+        second, pooled = self.encode_prompts(prompts_2, clip_skip)
         return torch.cat([first, second], dim=-1), pooled
 
     def size_condition(self, height: int, width: int) -> SizeCondition:
@@ -194,11 +213,32 @@ class StableDiffusion_XL(XLModel):
 class StableDiffusion_XL_Refiner(XLModel):
     """The refiner of Stable Diffusion XL. See `XLModel`."""
 
+    def encode_pairs(self, prompts: Sequence[str], prompts_2: Sequence[str], clip_skip: int) -> tuple[States, Pooled]:
+        if prompts_2 != prompts:
+            raise InputError("The refiner has one text encoder: leave prompt_2 and negative_prompt_2 out.")
+        return self.encode_prompts(prompts, clip_skip)
+
     def size_condition(self, height: int, width: int) -> AestheticCondition:
         return AestheticCondition(original_size=(height, width))
 
     def negative_of(self, size: Condition) -> Condition:
         return AestheticCondition(original_size=size.original_size, aesthetic_score=2.5)
+
+
+def second_prompts(prompt_2: Prompt | None, prompts: list[str]) -> list[str]:
+    """The texts for the second encoder: those for the first, unless others are given.
+
+    Raises:
+        InputError: there are not as many.
+    """
+    if not prompt_2:
+        return prompts
+    texts = as_prompts(prompt_2)
+    if len(texts) != len(prompts):
+        raise InputError(
+            f"There are {len(texts)} prompts for the second text encoder, and {len(prompts)} for the first."
+        )
+    return texts
 
 
 @contextmanager

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+import refiners.fluxion.layers as fl
 from reference_ports.pipelines.stable_diffusion import command
 from reference_ports.pipelines.stable_diffusion.command import generate
+from reference_ports.pipelines.stable_diffusion.directory import from_directory
 from refiners import cli
 from refiners.errors import ChainError, FileFormatError, InputError
 
@@ -105,5 +107,27 @@ def test_too_little_memory_is_told_with_what_helps(
 
     monkeypatch.setattr(command, "from_directory", load)
     with pytest.raises(InputError, match="memory of cpu does not suffice.*this was float32"):
+        generate(**options)
+    assert not options["output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.unet.find(fl.Conv2d).weight.data[0].fill_(torch.nan), "After step 1 .* weights .*unet"),
+        (lambda model: model.unet.find(fl.Conv2d).weight.data.fill_(3e38), "After step 1 .*another precision"),
+    ],
+    ids=["weight", "overflow"],
+)
+def test_a_picture_that_would_be_black_is_told_with_its_cause(
+    spoil: Any, message: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **more: Any) -> Any:
+        model = from_directory(*args, **more)
+        spoil(model)
+        return model
+
+    monkeypatch.setattr(command, "from_directory", load)
+    with pytest.raises(InputError, match=message):
         generate(**options)
     assert not options["output"].exists()
