@@ -1,4 +1,4 @@
-"""The command line: `refiners tree`, `refiners ports`, `refiners convert`, `refiners parity`.
+"""The command line: `refiners tree`, `refiners ports`, `refiners convert`, `refiners loras`, `refiners parity`.
 
 Each command imports what it needs when it runs, so that `refiners --help` answers without waiting for torch. What a
 user can cause is a typed error of refiners.errors, printed as one message: exit code 1, no traceback. A wrong option or
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import refiners
+from refiners.cli_bench import bench
+from refiners.cli_loras import loras
 from refiners.errors import RefinersError
 
 if TYPE_CHECKING:
@@ -231,6 +233,10 @@ def generate(
     width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8. The model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, …")] = "cpu",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="A LoRA file, and how strong it is. May be given several times."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Make a picture of a text, with a Stable Diffusion model on disk.
@@ -241,6 +247,7 @@ def generate(
         [cyan]refiners generate --model sd15/ --prompt "a photo of a cat" -o cat.png[/]
         [cyan]refiners generate --model sd15/ --prompt "a dog" --image cat.png --strength 0.6 -o dog.png[/]
         [cyan]refiners generate --model sdxl/ --prompt "a cat" --solver euler-a --seed 1 -o cat.png[/]
+        [cyan]refiners generate --model sd15/ --prompt "a cat" --lora style.safetensors:0.8 -o cat.png[/]
     """
     from refiners.ports import find_command
 
@@ -260,11 +267,14 @@ def generate(
         width=width,
         dtype=dtype,
         device=device,
+        loras=tuple(lora or ()),
         overwrite=force,
     )
     typer.echo(told)
 
 
+app.add_typer(loras, name="loras")
+app.add_typer(bench, name="bench")
 parity = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(parity, name="parity")
 

@@ -10,6 +10,7 @@ from reference_ports.bert.convert import (
     encoder_from_config,
     sentence_encoder_from_config,
 )
+from reference_ports.bert.loras import lora_names
 from reference_ports.bert.model import BERT, BERTEncoder, SentenceEncoder, bert_base, bert_large, minilm_l6
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "bert_from_config",
     "bert_large",
     "encoder_from_config",
+    "lora_names",
     "minilm_l6",
     "sentence_encoder_from_config",
 ]

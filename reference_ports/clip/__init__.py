@@ -18,6 +18,7 @@ from reference_ports.clip.convert import (
     text_model_from_config,
     text_projection_from_config,
 )
+from reference_ports.clip.loras import lora_names
 from reference_ports.clip.model import (
     CLIPImageEncoder,
     CLIPImageEncoderBigG,
@@ -80,6 +81,7 @@ __all__ = [
     "image_encoder_from_config",
     "image_model_from_config",
     "image_projection_from_config",
+    "lora_names",
     "text_encoder_from_config",
     "text_model_from_config",
     "text_projection_from_config",

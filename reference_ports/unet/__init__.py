@@ -3,6 +3,7 @@
 from reference_ports.unet.config import from_config
 from reference_ports.unet.convert import KEY_MAPS, KEYS, LINEAR_KEYS, PORTS, key_map_for
 from reference_ports.unet.embeddings import TimestepEncoder
+from reference_ports.unet.loras import lora_names
 from reference_ports.unet.model import (
     DownBlocks,
     InputBlock,
@@ -61,5 +62,6 @@ __all__ = [
     "UpBlocks",
     "from_config",
     "key_map_for",
+    "lora_names",
     "mirror",
 ]

@@ -3,11 +3,13 @@
 The key maps follow the state dict of `UNet2DConditionModel` of diffusers 0.42.1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reference_ports.unet.config import UNetConfig, from_config
-from reference_ports.unet.model import SD1UNet, SD2UNet, SDXLRefinerUNet, SDXLUNet
+from reference_ports.unet.model import SD1UNet, SD2UNet, SDXLRefinerUNet, SDXLUNet, UNet
+from reference_ports.unet.stages import DownBlock
+from reference_ports.unet.transformer import LinearCrossAttention2d, TextOnlyTransformerBlock
 from refiners.conversion import KeyMap, Port
 
 _TIME, _CLASS, _SIZE = (
@@ -102,11 +104,22 @@ def key_map_for(config: Mapping[str, Any]) -> KeyMap:
         ConversionError: the port cannot honour the configuration.
     """
     read = UNetConfig(config)
-    keys, attention = (LINEAR_KEYS, "LinearCrossAttention2d") if read.is_linear else (KEYS, "CrossAttention2d")
-    last = len(read.channels) - 1
+    return _key_map(read.is_linear, read.is_text_only)
+
+
+def key_map_of(unet: UNet) -> KeyMap:
+    """The map from the keys of `UNet2DConditionModel` to those of this tree, whatever adapters are in it."""
+    is_text_only = [block.find(TextOnlyTransformerBlock) is not None for block in unet.layers(DownBlock)]
+    return _key_map(unet.find(LinearCrossAttention2d) is not None, is_text_only)
+
+
+def _key_map(is_linear: bool, is_text_only: Sequence[bool]) -> KeyMap:
+    """Receives: how transformers are entered, and for each level whether they attend to the text alone."""
+    keys, attention = (LINEAR_KEYS, "LinearCrossAttention2d") if is_linear else (KEYS, "CrossAttention2d")
+    last = len(is_text_only) - 1
     lines: dict[str, str] = {}
-    for i, is_text_only in enumerate(read.is_text_only):
-        if is_text_only:
+    for i, has_text_only in enumerate(is_text_only):
+        if has_text_only:
             for side, number in (("down", i), ("up", last - i)):
                 block = f"{side.title()}Blocks.{side.title()}Block" + (f"_{number + 1}" if last else "")
                 upstream, port = f"{side}_blocks.{number}", f"{block}.{attention}"

@@ -44,17 +44,21 @@ class BlockNumbers(fl.Factory):
 
 
 class TimestepProjection(fl.Linear):
-    """What the time means to the channels of one block.
+    """What the time means to the channels of one block."""
+
+
+class ForEveryPixel(fl.Module):
+    """Makes one number for each channel one that is added to every pixel of it.
 
     Receives:
-        Float[Tensor, "batch timestep_dim"]
+        Float[Tensor, "batch channels"]
 
     Returns:
-        Float[Tensor, "batch channels 1 1"], for every pixel alike
+        Float[Tensor, "batch channels 1 1"]
     """
 
-    def forward(self, input: Float[Tensor, "batch timestep_dim"]) -> Float[Tensor, "batch channels 1 1"]:
-        return super().forward(input)[:, :, None, None]
+    def forward(self, x: Float[Tensor, "batch channels"]) -> Float[Tensor, "batch channels 1 1"]:
+        return x[:, :, None, None]
 
 
 class TimestepShift(fl.Residual):
@@ -72,6 +76,7 @@ class TimestepShift(fl.Residual):
             fl.UseContext("range_adapter", "timestep_embedding"),
             fl.SiLU(),
             TimestepProjection(timestep_dim, channels, **factory),
+            ForEveryPixel(),
         )
 
 

@@ -168,7 +168,7 @@ def read_header(file: Path) -> Header:
     try:
         return Header.read(file)
     except FileFormatError as error:
-        if "expected" not in str(error):
+        if "expected" not in str(error) and "twice" not in str(error):
             load_from_safetensors(file)  # raises: it says what the file is instead
         raise
 

@@ -36,7 +36,8 @@ _NAMES: Mapping[str, str] = {
     "C64": "complex64",
 }
 _DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in _NAMES.items()}
-_CODES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
+CODES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
+"""What a type is called in the header."""
 _LIMIT = 100_000_000
 _ALIGNMENT = 64
 
@@ -102,7 +103,7 @@ class Header:
         content: dict[str, Any] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
         for key, place in self.places.items():
             offsets = [place.start, place.end]
-            content[key] = {"dtype": _CODES[place.dtype], "shape": list(place.shape), "data_offsets": offsets}
+            content[key] = {"dtype": CODES[place.dtype], "shape": list(place.shape), "data_offsets": offsets}
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
@@ -124,7 +125,7 @@ class Header:
         if len(text) < length:
             raise FileFormatError(_truncated(path, f"at least {8 + length}", size))
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = json.loads(text, object_pairs_hook=_unique)
             metadata: dict[str, str] = content.pop("__metadata__", {})
             places = {key: _place(entry) for key, entry in content.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -168,6 +169,15 @@ class Header:
     def meta(self) -> dict[str, Tensor]:
         """All tensors of the file on the meta device."""
         return {key: torch.empty(place.shape, dtype=place.dtype, device="meta") for key, place in self.places.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a name may stand once only: of two tensors of one name, one would be lost."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return content
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

@@ -160,6 +160,15 @@ class KeyMap:
         """
         return all(self._table.upstream.find(self._table.canonical(key)) for key in upstream)
 
+    def source_of(self, port: str) -> str | None:
+        """The upstream key that becomes this key of the port unchanged; None when none does, or a rule changes it.
+
+        Example:
+            >>> KeyMap({"layers.{i}.fc": "Layer_{i+1}.Linear"}).source_of("Layer_2.Linear.weight")
+            'layers.1.fc.weight'
+        """
+        return self._table.source_of(port)
+
     def pairs(self, upstream: Weights | Collection[str], port: Weights) -> list[Pairing]:
         """Which upstream tensors hold the numbers of which port tensors, with the rule between them.
 

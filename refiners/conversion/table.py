@@ -149,6 +149,14 @@ class Table:
         slot, bindings, below, _ = matches[0]
         return tuple(pattern.fill(bindings, below) for pattern in slot.line.upstream)
 
+    def source_of(self, port_key: str) -> str | None:
+        """The upstream key that a line renames to this port key, if that is all it does."""
+        matches = self.port.find(port_key)
+        if not matches or not isinstance(matches[0].value.line.rule, Rename):
+            return None
+        slot, bindings, below, _ = matches[0]
+        return slot.line.upstream[0].fill(bindings, below)
+
 
 def _same_names(key: str, value: str, where: str) -> tuple[Pattern, Pattern]:
     patterns = Pattern(key), Pattern(value)

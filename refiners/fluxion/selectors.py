@@ -123,7 +123,7 @@ class Selection(Generic[M]):
 
         Paths are those of the `state_dict`: the keys from the root of the selection, joined by dots.
         """
-        expression = re.compile("|".join(_as_regex(pattern) for pattern in patterns))
+        expression = path_expression(*patterns)
         keeps = _Filter(
             f"at({', '.join(map(repr, patterns))})",
             lambda place: expression.fullmatch(place.path) is not None,
@@ -302,6 +302,11 @@ def _put(place: _Place, new: nn.Module) -> None:
     key, old = place.key, place.module
     note_undo(lambda: children.update({key: old}))
     children[key] = new
+
+
+def path_expression(*patterns: str) -> re.Pattern[str]:
+    """What matches a whole path that has one of these patterns; see `Selection.at`."""
+    return re.compile("|".join(_as_regex(pattern) for pattern in patterns))
 
 
 def _as_regex(pattern: str) -> str:

@@ -18,6 +18,7 @@ from reference_ports.pipelines.stable_diffusion.guidance import (
     Guidance,
     SequentialGuidance,
 )
+from reference_ports.pipelines.stable_diffusion.loras import ModelLoras, load_loras
 from reference_ports.pipelines.stable_diffusion.model import LatentDiffusionModel
 from reference_ports.pipelines.stable_diffusion.sd import StableDiffusion_1, StableDiffusion_2
 from reference_ports.pipelines.stable_diffusion.size import AestheticCondition, SizeCondition
@@ -37,6 +38,7 @@ __all__ = [
     "Guidance",
     "InpaintingModel",
     "LatentDiffusionModel",
+    "ModelLoras",
     "PromptTooLongWarning",
     "SequentialGuidance",
     "SizeCondition",
@@ -53,6 +55,7 @@ __all__ = [
     "from_directory",
     "image_to_image",
     "inpaint",
+    "load_loras",
     "read_tokenizer",
     "text_to_image",
 ]

@@ -3,6 +3,7 @@
 Everything that can be wrong is checked before the model is read; what cannot is told when it happens, in one message.
 """
 
+import errno
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -58,6 +59,7 @@ class Request:
     width: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    loras: tuple[str, ...] = ()
     overwrite: bool = False
 
     def check(self) -> None:
@@ -88,6 +90,8 @@ class Request:
         if not str_to_dtype(self.dtype).is_floating_point:
             raise InputError(f"--dtype is {self.dtype}: models compute in float32, float16, bfloat16 or float64.")
         check_device(self.device)
+        for lora in self.loras:
+            lora_of(lora)
 
 
 def generate(**options: Any) -> str:
@@ -106,6 +110,8 @@ def generate(**options: Any) -> str:
         with console.status(f"Loading {request.model}"):
             dtype = str_to_dtype(request.dtype)
             model = from_directory(request.model, solver=request.solver, device=request.device, dtype=dtype)
+            for number, (file, scale) in enumerate(map(lora_of, request.loras)):
+                model.load_loras(file, name=f"lora_{number}", scale=scale)
         generation = begin(model, request, picture, mask, torch.Generator().manual_seed(seed))
         count = len(generation)
         take_steps(generation, console)
@@ -114,6 +120,27 @@ def generate(**options: Any) -> str:
     write_picture(image, request.output)
     solver = type(model.solver).__name__
     return f"{request.output}: {image.width}x{image.height} pixels, {count} steps of {solver}, seed {seed}."
+
+
+def lora_of(text: str) -> tuple[Path, float]:
+    """A file and a scale, of `FILE` or `FILE:SCALE`. A name that ends like a scale is told from one by being there.
+
+    Raises:
+        InputError: the scale is no finite number.
+        FileNotFoundError: there is no such file.
+    """
+    name, colon, last = text.rpartition(":")
+    if not colon or Path(text).exists():
+        name, last = text, "1"
+    try:
+        scale = float(last)
+    except ValueError as error:
+        raise InputError(f"--lora is {text!r}: behind the colon stands the scale, a number such as 0.8.") from error
+    if not math.isfinite(scale):
+        raise InputError(f"--lora is {text!r}: the scale must be a finite number.")
+    if not Path(name).exists():
+        raise FileNotFoundError(errno.ENOENT, "There is no such LoRA file", name)
+    return Path(name), scale
 
 
 def begin(

@@ -18,8 +18,9 @@ Differs from upstream:
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +31,11 @@ import refiners.fluxion.layers as fl
 from reference_ports.autoencoder import Autoencoder
 from reference_ports.blocks.randomness import Generators
 from reference_ports.pipelines.stable_diffusion.guidance import ClassifierFreeGuidance, Conditions, Guidance, Latents
+from reference_ports.pipelines.stable_diffusion.loras import ModelLoras, load_loras
 from reference_ports.pipelines.stable_diffusion.text import Prompt
 from reference_ports.solvers import Solver
 from reference_ports.unet import UNet
+from refiners.conversion.loras import LoraFile
 from refiners.errors import InputError
 
 Pixels = Float[Tensor, "batch 3 height width"]
@@ -140,6 +143,31 @@ class LatentDiffusionModel(fl.Module):
     def size_options(self, height: int, width: int) -> dict[str, Any]:
         """What `compute_conditions` has to know of the size of the picture: nothing, unless a model says otherwise."""
         return {}
+
+    # LoRAs
+
+    def load_loras(
+        self,
+        source: Path | str | Mapping[str, Tensor] | LoraFile,
+        name: str = "lora",
+        scale: float = 1.0,
+        *,
+        strict: bool = True,
+    ) -> ModelLoras:
+        """Puts the LoRAs of a file into the denoiser and the text encoders, or changes nothing if anything fails.
+
+        Receives:
+            source: a file in the layout of diffusers, of kohya's scripts or of peft; see `read_loras`.
+            name: what the LoRAs are called.
+            scale: how strong they are, 1.0 being as trained.
+            strict: False leaves out what does not fit.
+
+        Raises:
+            FileFormatError: the file is truncated, corrupted, a pickle or of another format.
+            ConversionError: it does not fit the model. Lists all, and says which model it looks made for.
+            AdapterError: the model has LoRAs of that name already, or these would change nothing.
+        """
+        return load_loras(self, source, name, scale, strict=strict)
 
     # Pixels
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from refiners.errors import ConversionError
+from refiners.fluxion.adapters.merging import merge_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.branch import Branch
 from refiners.fluxion.layers.tree import child_names
@@ -76,7 +77,12 @@ def load_base_state_dict(
     Raises:
         ConversionError: (a ValueError) Keys or shapes do not fit. All are listed, and nothing was loaded.
     """
-    return _load(_base_view(base_of(model)), state, strict, assign, "base_state_dict")
+    keys = _load(_base_view(base_of(model)), state, strict, assign, "base_state_dict")
+    for _, module in named_base_modules(model):
+        merge = merge_of(module)
+        if merge is not None:
+            merge.fold()
+    return keys
 
 
 def adapter_state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
@@ -112,6 +118,10 @@ def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _base_view(module: nn.Module) -> nn.Module:
     """A tree that shares all weights with the base, and has its shape. It serves to read and load a state, no more."""
+    merge = merge_of(module)
+    if merge is not None:
+        # Its own weights, which it does not show as long as adapters are merged into it.
+        return _with_parameters(module, merge.kept())
     changed = False
     views: dict[str, nn.Module] = {}
     for (key, child), (name, base) in zip(children_of(module), base_children(module), strict=True):
@@ -126,6 +136,13 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modu
     vars(view).update(vars(module))
     vars(view).pop("_names_are_stale", None)
     vars(view)["_modules"] = children
+    return view
+
+
+def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> nn.Module:
+    view = object.__new__(type(module))
+    vars(view).update(vars(module))
+    vars(view)["_parameters"] = parameters
     return view
 
 
@@ -155,7 +172,7 @@ def _load(
     ]
     problems = [("mis-shaped", misshaped)]
     if strict:
-        named = [f"{key}{_nearest(key, wanted)}" for key in unexpected]
+        named = [f"{key}{nearest(key, wanted)}" for key in unexpected]
         problems = [("missing", missing), ("unexpected", named), *problems]
     lines = [line for title, keys in problems for line in _list(title, keys)]
     if lines:
@@ -165,7 +182,8 @@ def _load(
     return missing, unexpected
 
 
-def _nearest(key: str, names: Iterable[str]) -> str:
+def nearest(key: str, names: Iterable[str]) -> str:
+    """What a key could have meant, as the end of a line of an error: " (nearest: …)", or nothing."""
     # Only the keys that share most parts are compared letter by letter, which takes long for a whole model.
     parts = set(key.split("."))
     likely = sorted(names, key=lambda name: -len(parts.intersection(name.split("."))))

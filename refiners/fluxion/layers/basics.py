@@ -290,6 +290,11 @@ class Multiply(Module):
         self.__dict__[f"_{name}_tensor"] = number
         self.__dict__[name] = value
 
+    @property
+    def number(self) -> Tensor:
+        """`scale` as a tensor of one element, on the CPU and in float64: compiled code reads it anew in each call."""
+        return self._scale_tensor
+
     def forward(self, x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
         if x.ndim == 0 or not x.is_floating_point():
             # Here a tensor of one element would take part in type promotion, unlike a Python number.

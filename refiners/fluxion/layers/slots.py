@@ -149,6 +149,8 @@ class Slots(ContextModule):
         """Put a module in the place of the child at `key`."""
         modules: dict[str, nn.Module] = self.__dict__["_modules"]
         old = modules[key]
+        # Before it is done, here and in all changes: so nothing can fail in between.
+        note_undo(lambda: self._restore(lambda children: [old if child is module else child for child in children]))
         modules[key] = module
         keys: dict[int, str] | None = self.__dict__.get("_keys")
         if keys is not None:
@@ -162,7 +164,6 @@ class Slots(ContextModule):
             self.__dict__["_holdings"].pop(id(old), None)
         if type(old).__name__ != type(module).__name__:
             self._rename_later()
-        note_undo(lambda: self._restore(lambda children: [old if child is module else child for child in children]))
         return old
 
     def replace_everywhere(self, old_module: nn.Module, new_module: nn.Module) -> None:
@@ -174,9 +175,9 @@ class Slots(ContextModule):
 
     def _set_children(self, children: list[nn.Module]) -> None:
         before = list(self.__dict__["_modules"].values())
+        note_undo(lambda: self._restore(lambda _: before))
         self._replace_all({f"+{next(_unnamed)}": child for child in children})
         self._rename_later()
-        note_undo(lambda: self._restore(lambda _: before))
 
     def _restore(self, change: Callable[[list[nn.Module]], list[nn.Module]]) -> None:
         children = change(list(self.__dict__["_modules"].values()))
@@ -202,27 +203,35 @@ class Slots(ContextModule):
 
     def _insert_between(self, position: int, module: nn.Module) -> None:
         items = list(self.__dict__["_modules"].items())
+        before = [child for _, child in items]
         items.insert(position, (f"+{next(_unnamed)}", module))
+        note_undo(lambda: self._restore(lambda _: before))
         self.__dict__["_modules"] = dict(items)
         self.__dict__.pop("_keys", None)
         self._hold(module)
         self._rename_later()
-        note_undo(lambda: self._restore(lambda children: [*children[:position], *children[position + 1 :]]))
 
     def _append(self, module: nn.Module) -> None:
         modules: dict[str, nn.Module] = self.__dict__["_modules"]
         key = f"+{next(_unnamed)}"
+        count = len(modules)
+        note_undo(lambda: self._restore(lambda children: children[:count]))
         modules[key] = module
         keys: dict[int, str] | None = self.__dict__.get("_keys")
         if keys is not None:
             keys.setdefault(id(module), key)
         self._hold(module)
         self._rename_later()
-        note_undo(lambda: self._restore(lambda children: children[:-1]))
 
     def _take_out(self, key: str, index: int) -> nn.Module:
         modules: dict[str, nn.Module] = self.__dict__["_modules"]
-        module = modules.pop(key)
+        module, count = modules[key], len(modules)
+
+        def put_back(children: list[nn.Module]) -> list[nn.Module]:
+            return children if len(children) == count else [*children[:index], module, *children[index:]]
+
+        note_undo(lambda: self._restore(put_back))
+        del modules[key]
         keys: dict[int, str] | None = self.__dict__.get("_keys")
         if keys is not None:
             if len(keys) > len(modules):
@@ -232,7 +241,6 @@ class Slots(ContextModule):
         if self._slot_of(module) is None:
             self.__dict__["_holdings"].pop(id(module), None)
         self._rename_later()
-        note_undo(lambda: self._restore(lambda children: [*children[:index], module, *children[index:]]))
         self._disown(module)
         return module
 
@@ -253,8 +261,8 @@ def _nodes_inside(module: nn.Module) -> list[ContextModule]:
 
 def _give_parent(module: ContextModule, parent: Slots | None) -> None:
     before = module._parent  # pyright: ignore[reportPrivateUsage] (the slots are what parents are made of)
-    module._set_parent(cast(Any, parent))  # pyright: ignore[reportPrivateUsage] (as above)
     note_undo(lambda: _restore_parent(module, before))
+    module._set_parent(cast(Any, parent))  # pyright: ignore[reportPrivateUsage] (as above)
 
 
 def _restore_parent(module: ContextModule, parent: Any) -> None:

@@ -1,20 +1,30 @@
 """A layer and its LoRAs, in the place of the layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError, LoraNameError
-from refiners.fluxion.adapters.lora.base import Lora
+from refiners.fluxion.adapters.lora.delta import Delta
+from refiners.fluxion.adapters.lora.fused import FusedLoras, fuse_loras, unfuse_loras
+from refiners.fluxion.adapters.lora.merge import unmerge_delta
+from refiners.fluxion.adapters.lora.samples import run_samples
+from refiners.fluxion.adapters.merging import merge_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.combinators import Sum
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.failure import chain_error
+from refiners.fluxion.layers.journal import note_undo, transaction
 from refiners.fluxion.layers.module import ContextModule
+from refiners.fluxion.layers.observation import PASS_THROUGH, calls_are_observed
 
 
 class LoraAdapter(Sum, Adapter[nn.Module]):
     """A layer and its LoRAs: the output of the layer, plus what each LoRA adds to it, one after the other.
+
+    A LoRA whose scale is 0 takes no part: the output is that of the layer to the last bit, whatever its weights are.
 
     LoRAs may be of another dtype than the layer: they receive its input in theirs, and the sum is given in the dtype
     of the layer's output.
@@ -31,38 +41,108 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
     # Whether sets of LoRAs may add theirs, and the last one that is ejected takes the adapter along. One that was built
     # by hand is its owner's to eject, and must not take others' LoRAs with it.
     is_shared = False
+    # Whether LoRAs that can be run as one pair of products are; see `fused`.
+    is_fused = False
+    # For each sample of a batch the names of its LoRAs, see `samples`. None: all LoRAs for all samples.
+    samples: "tuple[frozenset[str], ...] | None" = None
 
-    def __init__(self, target: nn.Module, /, *loras: Lora[Any]) -> None:
+    def __init__(self, target: nn.Module, /, *loras: Delta[Any]) -> None:
         for i, lora in enumerate(loras):
             _check_fits(lora, target, [other.name for other in loras[:i]])
         with self.setup_adapter(target):
             super().__init__(target, *loras)
 
-    def _share(self, args: tuple[Any, ...]) -> Any:
-        # Lazily: the input is converted after the layer has run and once for all LoRAs, since gradients add up in the
-        # reverse order of the operations.
-        for module in self:
-            if isinstance(module, Lora):
-                dtype = module.down.weight.dtype
-                if args[0].dtype != dtype:
-                    args = (args[0].to(dtype), *args[1:])
-            yield args
+    def forward(self, *args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._forward_traced(*args)
+        if self.samples is not None:
+            return run_samples(self, self.samples, args)
+        provider = self._provider
+        outer = provider.enter() if provider is not None else None
+        direct = self._children_are_plain and not calls_are_observed()
+        total: Any = None
+        dtype: Any = None
+        inputs: tuple[Any, ...] = args
+        is_new = False
+        layer: Any = None
+        try:
+            for layer in tuple(self.__dict__["_modules"].values()):
+                is_delta = isinstance(layer, Delta)
+                if is_delta and not (layer.switch.is_on and layer.scaling):
+                    continue
+                if (
+                    direct
+                    and not layer._forward_hooks
+                    and not layer._forward_pre_hooks
+                    and not layer._backward_hooks
+                    and not layer._backward_pre_hooks
+                    and layer._compiled_call_impl is None
+                ):
+                    call = layer.forward
+                else:
+                    call = layer
+                if is_delta:
+                    # Converted after the layer has run and once for all LoRAs of a dtype, since gradients add up in
+                    # the reverse order of the operations.
+                    inputs = layer.inputs_from(inputs)
+                    total = self._add(total, layer, call, inputs)
+                elif type(layer) is FusedLoras:
+                    total = call(args[0], total, is_new)
+                else:
+                    total = self._fold(total, call(*args))
+                    dtype = dtype or total.dtype
+                    # What a plain Linear has just computed, and no hook has seen.
+                    is_new = call is not layer and cast(Any, type(layer)).forward is nn.Linear.forward
+            layer = None
+            return total if total.dtype == dtype else total.to(dtype)
+        except PASS_THROUGH:
+            raise
+        except Exception as error:
+            if torch.compiler.is_compiling():
+                raise
+            raise chain_error(self, layer, inputs, error) from error
+        finally:
+            if provider is not None:
+                provider.leave(outer)
 
-    def _fold(self, folded: Any, output: Any) -> Any:
-        if folded is None:
-            total = super()._fold(None, output)
-            return total.dtype, total
-        return folded[0], super()._fold(folded[1], output)
-
-    def _result(self, folded: Any) -> Any:
-        dtype, total = folded
+    def _run_traced(self, args: tuple[Any, ...]) -> Any:
+        if self.samples is not None:
+            return run_samples(self, self.samples, args)
+        total: Any = None
+        dtype: Any = None
+        inputs = args
+        for layer in self.__dict__["_modules"].values():
+            if isinstance(layer, Delta):
+                if not layer.switch.is_on:
+                    continue
+                inputs = layer.inputs_from(inputs)
+                changed = self._add(total, cast(Any, layer), layer, inputs)
+                # A number that decides what runs would be compiled anew whenever it is set.
+                total = torch.where(layer.is_active, changed, total)
+            elif isinstance(layer, FusedLoras):
+                total = layer(args[0], total)
+            else:
+                total = self._fold(total, layer(*args))
+                dtype = dtype or total.dtype
         return total if total.dtype == dtype else total.to(dtype)
 
+    def add(self, total: Tensor, delta: Delta[Any], inputs: tuple[Any, ...]) -> Tensor:
+        """Add what one LoRA makes of inputs to what is there so far."""
+        return self._add(total, delta, delta, delta.inputs_from(inputs))
+
+    def _add(self, total: Tensor, delta: Delta[Any], call: Any, inputs: tuple[Any, ...]) -> Tensor:
+        if not delta.rewrites_output:
+            return total + call(*inputs)
+        target = cast(Any, self.target)
+        merge = merge_of(target)
+        weight = target.weight if merge is None else merge.parameters["weight"]
+        return call(*inputs, total, weight, getattr(target, "bias", None))
+
     @property
-    def lora_layers(self) -> Iterator[Lora[Any]]:
+    def lora_layers(self) -> Iterator[Delta[Any]]:
         """The LoRAs of the layer, in the order in which they are added."""
         # Children only: another adapter of LoRAs may stand inside, around the same layer.
-        return iter([cast(Lora[Any], module) for module in self if isinstance(module, Lora)])
+        return iter([cast(Delta[Any], module) for module in self if isinstance(module, Delta)])
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +150,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         return [lora.name for lora in self.lora_layers]
 
     @property
-    def loras(self) -> dict[str, Lora[Any]]:
+    def loras(self) -> dict[str, Delta[Any]]:
         """The LoRAs by name."""
         return {lora.name: lora for lora in self.lora_layers}
 
@@ -97,7 +177,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         for name, value in values.items():
             loras[name].scale = value
 
-    def add_lora(self, lora: Lora[Any], /) -> None:
+    def add_lora(self, lora: Delta[Any], /) -> None:
         """Add a LoRA behind the others.
 
         Raises:
@@ -105,18 +185,59 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
             AdapterTypeError: (a TypeError) The LoRA does not fit the layer.
         """
         _check_fits(lora, self.target, self.names)
-        with transaction():
+        with self._taken_apart():
             self.append(lora)
             for twin in self.copies:
                 twin.append(lora.structural_copy())
 
-    def remove_lora(self, name: str, /) -> Lora[Any] | None:
+    def remove_lora(self, name: str, /) -> Delta[Any] | None:
         """Take the LoRA of that name out, and return it; None if there is none."""
         lora = self.loras.get(name)
-        with transaction():
-            for adapter in (self, *self.copies) if lora is not None else ():
+        if lora is None:
+            return None
+        with self._taken_apart():
+            unmerge_delta(self.target, lora)
+            for adapter in (self, *self.copies):
                 adapter.remove(adapter.loras[name])
         return lora
+
+    def fuse(self) -> None:
+        """Run those LoRAs that can be as one pair of products, from now on; see `FusedLoras`."""
+        with self._taken_apart():
+            _set_fused(self, value=True)
+
+    def unfuse(self) -> None:
+        """Run each LoRA by itself again."""
+        with self._taken_apart():
+            _set_fused(self, value=False)
+
+    def refuse(self) -> None:
+        """Fuse anew, if this adapter is fused: what may be fused has changed."""
+        if self.is_fused:
+            self.fuse()
+
+    @contextmanager
+    def _taken_apart(self) -> Generator[None]:
+        """Change the LoRAs inside of this: they are fused again afterwards, if they were."""
+        with transaction():
+            for fused in [module for module in self if isinstance(module, FusedLoras)]:
+                unfuse_loras(fused)
+                for adapter in (self, *self.copies):
+                    adapter.remove(fused)
+            yield
+            if self.is_fused:
+                for fused in fuse_loras(cast(Any, self.lora_layers)):
+                    for adapter in (self, *self.copies):
+                        adapter.append(fused)
+
+    def eject(self) -> None:
+        """Put the layer back, with the weights it had; see `Adapter.eject`."""
+        if self.is_injected:
+            with self._taken_apart():
+                _set_fused(self, value=False)
+            for lora in self.lora_layers:
+                unmerge_delta(self.target, lora)
+        super().eject()
 
     @property
     def copies(self) -> "tuple[LoraAdapter, ...]":
@@ -124,7 +245,22 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         return cast("tuple[LoraAdapter, ...]", self._twins)
 
 
-def _check_fits(lora: Lora[Any], target: nn.Module, names: list[str]) -> None:
+def _set_fused(adapter: LoraAdapter, value: bool) -> None:
+    before = adapter.is_fused
+    if before == value:
+        return
+    note_undo(lambda: _mark(adapter, before))
+    _mark(adapter, value)
+
+
+def _mark(adapter: LoraAdapter, is_fused: bool) -> None:
+    # The class says what is so as a rule.
+    adapter.__dict__.pop("is_fused", None)
+    if is_fused:
+        adapter.is_fused = True
+
+
+def _check_fits(lora: Delta[Any], target: nn.Module, names: list[str]) -> None:
     if lora.name in names:
         raise LoraNameError(
             f"{type(target).__name__} has a LoRA called {lora.name!r} already: remove it, or choose another name."
@@ -134,3 +270,5 @@ def _check_fits(lora: Lora[Any], target: nn.Module, names: list[str]) -> None:
         if not lora.is_compatible(target):
             raise AdapterTypeError(f"{lora} does not fit {target}.")
         lora.fit(target)
+    elif lora.rewrites_output:
+        raise AdapterTypeError(f"{lora} needs the weight of its layer, and {target} stands in the layer's place.")

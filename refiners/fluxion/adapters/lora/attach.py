@@ -14,6 +14,7 @@ from torch import nn
 from refiners.errors import AdapterError
 from refiners.fluxion.adapters.lora.adapter import LoraAdapter
 from refiners.fluxion.adapters.lora.base import Lora
+from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.weights import base_children, base_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.branch import holders_of
@@ -48,19 +49,20 @@ def find_places(
     # What is above a layer is asked once for each Chain.
     known: dict[int, tuple[bool, set[str]]] = {}
     for layer, parent in target.walk(lambda module, _: not isinstance(module, ContextModule)):
-        if id(layer) in places or isinstance(parent, Lora):
+        if id(layer) in places or isinstance(parent, Delta):
             continue
         if id(parent) not in known:
             above = {type(chain).__name__ for chain in (parent, *parent.get_parents())}
             included = include is None or not above.isdisjoint(include)
-            known[id(parent)] = included and (exclude is None or above.isdisjoint(exclude)), _names_around(parent)
+            known[id(parent)] = included and (exclude is None or above.isdisjoint(exclude)), names_around(parent)
         is_meant, names = known[id(parent)]
         if is_meant:
             places[id(layer)] = Place(layer, parent, names)
     return list(places.values())
 
 
-def _names_around(parent: Chain) -> set[str]:
+def names_around(parent: Chain) -> set[str]:
+    """The names of the LoRAs on a layer that this Chain holds directly."""
     names: set[str] = set()
     above: Chain | None = parent
     while isinstance(above, Adapter):
@@ -140,7 +142,7 @@ def _attach_at(place: Place, lora: Lora[Any], target: Chain) -> LoraAdapter:
     return attach(lora, place.layer, parent, target)
 
 
-def attach(lora: Lora[Any], layer: nn.Module, parent: Chain, top: Chain | None = None) -> LoraAdapter:
+def attach(lora: Delta[Any], layer: nn.Module, parent: Chain, top: Chain | None = None) -> LoraAdapter:
     """Give a layer one more LoRA: in the adapter of LoRAs that holds it, if that is shared, or in a new one.
 
     Args:

@@ -1,25 +1,23 @@
-"""What all LoRAs have in common, whatever the kind of layer they change."""
+"""What all LoRAs have in common, whatever the kind of layer they change (arXiv 2106.09685)."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Unpack, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError
+from refiners.fluxion.adapters.lora.building import Strength, Weight
+from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.lora.files import pair_weights
+from refiners.fluxion.adapters.lora.spec import DeltaSpec
 from refiners.fluxion.layers.basics import Multiply
-from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.factory import Factory
-from refiners.fluxion.layers.module import WeightedModule
-
-if TYPE_CHECKING:
-    from refiners.fluxion.adapters.lora.adapter import LoraAdapter
+from refiners.fluxion.layers.observation import PASS_THROUGH, calls_are_observed
 
 T = TypeVar("T", bound=nn.Module)
 
 
-class Lora(Chain, Generic[T]):
+class Lora(Delta[T], Generic[T]):
     """The change that one LoRA adds to the output of a layer of type T. Abstract: a kind of layer is a subclass.
 
     Its children are `down`, `up` and the multiplication by `scaling`, which is `scale`, or `scale · alpha / rank` with
@@ -30,16 +28,11 @@ class Lora(Chain, Generic[T]):
         rank: How many values there are between `down` and `up`.
         scale: How strong it is, 1.0 being as strong as it was trained.
         alpha: The strength it was trained with, as files of LoRAs tell it.
+        rank_stabilized: Whether that strength is alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
+        bias: Whether `up` has a bias, which files call the bias of a LoRA.
     """
 
-    # The kind of layer a subclass is for; a subclass without is found by nobody but its user.
-    layer_type: ClassVar[type[nn.Module] | None] = None
-    _kinds: ClassVar[list[type["Lora[Any]"]]] = []
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("layer_type") is not None:
-            Lora._kinds.append(cls)
+    method = "lora"
 
     def __init__(
         self,
@@ -51,19 +44,21 @@ class Lora(Chain, Generic[T]):
         dtype: torch.dtype | None = None,
         *,
         alpha: float | None = None,
+        rank_stabilized: bool = False,
+        bias: bool = False,
     ) -> None:
         if rank < 1:
             raise AdapterTypeError(f"{type(self).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
         self.name = name
         self.rank = rank
-        self.alpha = alpha
-        super().__init__(*self.lora_layers(device=device, dtype=dtype), Multiply(self._scaling_at(scale)))
-        self._factor.__dict__["strength"] = scale
-        self.reset_parameters()
+        self.bias = bias
+        layers = self.lora_layers(device=device, dtype=dtype)
+        strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
+        super().__init__(name, *layers, Multiply(), rank=rank, **strength)
 
     def lora_layers(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[WeightedModule, WeightedModule]:
+    ) -> tuple[nn.Module, ...]:
         """Build `down` and `up`. Whatever their weights are, `reset_parameters` overwrites them."""
         raise AdapterTypeError(f"{type(self).__name__} is abstract: use LinearLora, Conv2dLora, or Lora.for_target.")
 
@@ -72,52 +67,16 @@ class Lora(Chain, Generic[T]):
         if not self.down.weight.is_meta:
             nn.init.normal_(self.down.weight, std=1 / self.rank)
             nn.init.zeros_(self.up.weight)
+            if self.bias:
+                nn.init.zeros_(self.up.bias)
+
+    def weights(self) -> dict[str, Weight]:
+        weights = {"down": Weight(self.down, "weight", (0,)), "up": Weight(self.up, "weight", (1,))}
+        return {**weights, "up_bias": Weight(self.up, "bias")} if self.bias else weights
 
     @classmethod
-    def _forms(cls) -> list[type["Lora[Any]"]]:
-        return Lora._kinds if cls.layer_type is None else [cls]
-
-    @classmethod
-    def for_target(
-        cls,
-        name: str,
-        /,
-        target: nn.Module,
-        rank: int = 16,
-        scale: float = 1.0,
-        *,
-        alpha: float | None = None,
-        **factory: Unpack[Factory],
-    ) -> "Lora[Any]":
-        """A new LoRA of the right kind and shape for a layer, in its training mode.
-
-        Args:
-            name: What the LoRA is called.
-            target: The layer.
-            rank: See `Lora`.
-            scale: See `Lora`.
-            alpha: See `Lora`.
-            **factory: The device and the dtype, those of the layer's weight unless given.
-
-        Raises:
-            AdapterTypeError: (a TypeError) No LoRA is defined for that layer.
-        """
-        kind = next((kind for kind in cls._forms() if isinstance(target, cast(type, kind.layer_type))), None)
-        if kind is None:
-            layers = ", ".join(kind.__name__ for kind in Lora._kinds)
-            raise AdapterTypeError(f"{cls.__name__} is not made for {target}. The kinds of LoRA are {layers}.")
-        weight = cast(Tensor, target.weight)
-        placed = Factory(
-            device=factory.get("device") or weight.device,
-            dtype=factory.get("dtype") or (weight.dtype if weight.is_floating_point() else None),
-        )
-        lora = kind.like_layer(name, target, rank=rank, scale=scale, alpha=alpha, **placed)
-        return lora if target.training else lora.eval()
-
-    @classmethod
-    def like_layer(cls, name: str, /, layer: Any, **settings: Any) -> "Lora[Any]":
-        """Build a LoRA with the shape of a layer of `layer_type`. A kind of layer defines it."""
-        raise NotImplementedError
+    def settings_of(cls, spec: DeltaSpec, layer: nn.Module) -> dict[str, Any]:
+        return {"bias": True} if "up_bias" in spec.tensors else {}
 
     @classmethod
     def from_weights(
@@ -128,7 +87,8 @@ class Lora(Chain, Generic[T]):
         Raises:
             AdapterTypeError: (a ValueError) The two do not belong together.
         """
-        kind = next((kind for kind in cls._forms() if kind.is_pair(down, up)), None)
+        forms = [form for form in cls._forms() if issubclass(form, Lora)]
+        kind = next((kind for kind in forms if kind.is_pair(down, up)), None)
         if kind is None or not down.is_floating_point():
             raise AdapterTypeError(
                 f"down of shape {list(down.shape)} ({down.dtype}) and up of shape {list(up.shape)} are no pair for "
@@ -182,10 +142,32 @@ class Lora(Chain, Generic[T]):
             self.down.weight.copy_(down)
             self.up.weight.copy_(up)
 
+    def forward(self, *args: Any) -> Any:
+        # What a Chain does, in less time where nobody watches: LoRAs are many, small, and next to every layer. A
+        # multiplication by 1 changes no bit.
+        modules = self.__dict__["_modules"]
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and len(modules) == 3
+            and self._children_are_plain
+            and self._provider is None
+            and not calls_are_observed()
+        ):
+            down, up, factor = modules.values()
+            if not (_is_watched(down) or _is_watched(up) or _is_watched(factor)):
+                try:
+                    y = up.forward(down.forward(*args))
+                    return y if factor.scale == 1 and factor.bias == 0 else factor.forward(y)
+                except PASS_THROUGH:
+                    raise
+                except Exception:  # once more, as a Chain, which says where it was
+                    return super().forward(*args)
+        return super().forward(*args)
+
     @property
     def down(self) -> Any:
         """The layer that leads to `rank` values."""
-        return self[0]
+        return next(iter(self.__dict__["_modules"].values()))
 
     @property
     def up(self) -> Any:
@@ -193,71 +175,22 @@ class Lora(Chain, Generic[T]):
         return self[1]
 
     @property
-    def scale(self) -> float:
-        """How strong it is. May be set at any time, in a compiled model too."""
-        factor = self._factor
-        # Kept beside the factor, so that copies of this node, which share it, tell the same.
-        return factor.scale if self.alpha is None else factor.__dict__["strength"]
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        factor = self._factor
-        factor.scale = self._scaling_at(value)
-        factor.__dict__["strength"] = value
-
-    @property
-    def scaling(self) -> float:
-        """The number that the output is multiplied by: `scale`, times alpha / rank if there is an alpha."""
-        return self._factor.scale
-
-    def _scaling_at(self, scale: float) -> float:
-        return scale if self.alpha is None else scale * self.alpha / self.rank
-
-    @property
     def _factor(self) -> Multiply:
-        return self[2]
+        return next(reversed(self.__dict__["_modules"].values()))
 
-    def is_compatible(self, layer: nn.Module, /) -> bool:
-        """Whether a layer gives outputs that this LoRA can be added to."""
-        raise NotImplementedError
+    @property
+    def _dtype_of_weights(self) -> torch.dtype:
+        return self.down.weight.dtype
 
-    def fit(self, layer: nn.Module, /) -> None:
-        """Take over from a compatible layer what the weights alone do not tell. Nothing, for most kinds."""
-
-    def auto_attach(
-        self, target: Chain, include: list[str] | None = None, exclude: list[str] | None = None
-    ) -> "tuple[LoraAdapter, Chain | None] | None":
-        """Find the first compatible layer below `target`, in walk order, that has no LoRA of this name.
-
-        Args:
-            target: Where to search.
-            include: Names of classes; if given, one of them must be above the layer.
-            exclude: Names of classes; none of them may be above the layer.
-
-        Returns:
-            None without such a layer. If the layer has an adapter of LoRAs already, that adapter, which this LoRA was
-            added to, and None; otherwise a new adapter and the Chain to inject it into.
-        """
-        from refiners.fluxion.adapters.lora.adapter import LoraAdapter
-        from refiners.fluxion.adapters.lora.attach import find_places
-
-        for place in find_places(target, include, exclude):
-            if self.name not in place.names and self.is_compatible(place.layer):
-                if isinstance(place.parent, LoraAdapter):
-                    place.parent.add_lora(self)
-                    return place.parent, None
-                return LoraAdapter(place.layer, self), place.parent
-        return None
+    def delta_bias(self) -> Tensor | None:
+        return self.up.bias * self.scaling if self.bias else None
 
 
-def without_initial_weights(kind: type[T], *args: Any, **kwargs: Any) -> T:
-    """Build a layer whose weights are not drawn, since others are about to be put there.
-
-    Drawing them would take most of the time, above all on the meta device, where there is nothing to draw.
-    """
-    layer = object.__new__(kind)
-    # Found before the method of the class, which the constructor calls.
-    layer.__dict__["reset_parameters"] = lambda: None
-    kind.__init__(layer, *args, **kwargs)
-    del layer.__dict__["reset_parameters"]
-    return layer
+def _is_watched(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+    )

@@ -1,18 +1,19 @@
-"""The kinds of LoRA: one for each kind of layer."""
+"""The LoRAs of layers that know no place: of a Linear and of an Embedding. Those of convolutions are in `conv`."""
 
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from refiners.errors import AdapterTypeError
-from refiners.fluxion.adapters.lora.base import Lora, without_initial_weights
-from refiners.fluxion.layers.conv import Conv2d, PaddingMode
+from refiners.fluxion.adapters.lora.base import Lora
+from refiners.fluxion.adapters.lora.building import Strength, without_initial_weights
+from refiners.fluxion.adapters.lora.half import in_full_precision
 from refiners.fluxion.layers.factory import Factory
 from refiners.fluxion.layers.linear import Linear
-
-# A number for both axes of an image, or one for each.
-Pair = int | tuple[int, int]
+from refiners.fluxion.layers.module import WeightedModule
 
 
 class LinearLora(Lora[Linear]):
@@ -44,18 +45,21 @@ class LinearLora(Lora[Linear]):
         dtype: torch.dtype | None = None,
         *,
         alpha: float | None = None,
+        rank_stabilized: bool = False,
+        bias: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        super().__init__(name, rank=rank, scale=scale, device=device, dtype=dtype, alpha=alpha)
+        strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
+        super().__init__(name, rank=rank, device=device, dtype=dtype, bias=bias, **strength)
 
     def lora_layers(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Linear, Linear]:
+    ) -> tuple[nn.Module, ...]:
         factory = Factory(device=device, dtype=dtype)
         return (
             without_initial_weights(Linear, self.in_features, self.rank, bias=False, **factory),
-            without_initial_weights(Linear, self.rank, self.out_features, bias=False, **factory),
+            without_initial_weights(Linear, self.rank, self.out_features, bias=self.bias, **factory),
         )
 
     @classmethod
@@ -77,167 +81,101 @@ class LinearLora(Lora[Linear]):
             and layer.out_features == self.out_features
         )
 
+    def delta_weight(self) -> Tensor:
+        return in_full_precision(lambda down, up: (up @ down) * self.scaling, self.down.weight, self.up.weight)
 
-class Conv2dLora(Lora[Conv2d]):
-    """The LoRA of a Conv2d. Kernel size, stride, padding and dilation are pairs: of `down`, and of `up`.
 
-    Either may be one number, or (height, width). Without a padding, the outputs keep the size of the inputs if the
-    stride is 1 and the kernels are odd.
-
-    Args:
-        name: See `Lora`.
-        in_channels: Those of the layer.
-        out_channels: Those of the layer.
-        rank: See `Lora`; a multiple of `groups`.
-        scale: See `Lora`.
-        kernel_size: Of `down` and `up`.
-        stride: Of `down` and `up`.
-        padding: Of `down` and `up`.
-        device: Of the weights.
-        dtype: Of the weights.
-        dilation: Of `down` and `up`.
-        groups: Of `up`; `down` sees all channels.
-        padding_mode: What lies beyond the border for the convolution that has the kernel of the layer.
-        alpha: See `Lora`.
+class ColumnLookup(WeightedModule):
+    """Reads the columns of a weight by index: an Embedding whose table lies on its side, as peft stores it.
 
     Receives:
-        x: `Float[Tensor, "batch in_channels in_height in_width"]`
+        x: `Int[Tensor, "*shape"]`, each in 0 … num_embeddings - 1
 
     Returns:
-        `Float[Tensor, "batch out_channels out_height out_width"]`
+        `Float[Tensor, "*shape embedding_dim"]`
     """
 
-    layer_type = nn.Conv2d
-    # Whether stride, padding and dilation are only a guess from the shapes of the weights.
-    _geometry_is_guessed = False
+    def __init__(self, embedding: nn.Embedding, embedding_dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.scale_grad_by_freq = embedding.scale_grad_by_freq
+        self.sparse = embedding.sparse
+        self.weight = nn.Parameter(torch.empty(embedding_dim, embedding.num_embeddings, **factory))
+
+    def forward(self, x: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding_dim"]:
+        return functional.embedding(
+            x,
+            self.weight.T,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
+
+
+class EmbeddingLora(Lora[nn.Embedding]):
+    """The LoRA of an Embedding. `down` has the shape [rank, num_embeddings].
+
+    Differs from upstream: peft hands the `max_norm` of the layer on, which would overwrite columns of `down` in the
+    forward. A layer with a `max_norm` is refused.
+
+    Receives:
+        x: `Int[Tensor, "*shape"]`
+
+    Returns:
+        `Float[Tensor, "*shape embedding_dim"]`
+
+    Raises:
+        AdapterTypeError: (a ValueError) The layer has a `max_norm`, or the LoRA a bias.
+    """
+
+    layer_type = nn.Embedding
 
     def __init__(
         self,
         name: str,
         /,
-        in_channels: int,
-        out_channels: int,
+        embedding: nn.Embedding,
         rank: int = 16,
         scale: float = 1.0,
-        kernel_size: tuple[Pair, Pair] = (1, 3),
-        stride: tuple[Pair, Pair] = (1, 1),
-        padding: tuple[Pair | str, Pair | str] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        dilation: tuple[Pair, Pair] = (1, 1),
-        groups: int = 1,
-        padding_mode: PaddingMode = "zeros",
         alpha: float | None = None,
+        rank_stabilized: bool = False,
+        bias: bool = False,
     ) -> None:
-        if rank % groups:
-            raise AdapterTypeError(
-                f"Conv2dLora {name!r} has rank {rank} for a layer of {groups} groups: choose a multiple of {groups}."
-            )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.dilation = dilation
-        self.padding = padding or (
-            _same_padding(kernel_size[0], dilation[0]),
-            _same_padding(kernel_size[1], dilation[1]),
-        )
-        self.groups = groups
-        self.padding_mode: PaddingMode = padding_mode
-        super().__init__(name, rank=rank, scale=scale, device=device, dtype=dtype, alpha=alpha)
+        if embedding.max_norm is not None:
+            raise AdapterTypeError(f"{embedding} has a max_norm, which changes weights in the forward: it takes none.")
+        if bias:
+            raise AdapterTypeError(f"{type(self).__name__} {name!r} takes no bias: {embedding} has none either.")
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
+        self.__dict__["_embedding"] = embedding
+        strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
+        super().__init__(name, rank=rank, device=device, dtype=dtype, **strength)
+        del self.__dict__["_embedding"]
 
     def lora_layers(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Conv2d, Conv2d]:
+    ) -> tuple[nn.Module, ...]:
         factory = Factory(device=device, dtype=dtype)
-        modes: list[PaddingMode] = ["zeros", "zeros"]
-        modes[self._main] = self.padding_mode
-        down, up = (
-            without_initial_weights(
-                Conv2d,
-                channels[0],
-                channels[1],
-                kernel_size=self.kernel_size[i],
-                stride=self.stride[i],
-                padding=self.padding[i],
-                dilation=self.dilation[i],
-                groups=self.groups if i == 1 else 1,
-                padding_mode=modes[i],
-                use_bias=False,
-                **factory,
-            )
-            for i, channels in enumerate([(self.in_channels, self.rank), (self.rank, self.out_channels)])
-        )
-        return down, up
-
-    @property
-    def _main(self) -> int:
-        """Which of the two has the kernel of the layer: 0 for `down`, unless only `up` has more than one pixel."""
-        return 1 if _both(self.kernel_size[0]) == (1, 1) != _both(self.kernel_size[1]) else 0
-
-    @classmethod
-    def like_layer(cls, name: str, /, layer: nn.Conv2d, **settings: Any) -> "Conv2dLora":
-        padding = layer.padding if isinstance(layer.padding, str) else _short(layer.padding)
-        return cls(
-            name,
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel_size=(_short(layer.kernel_size), 1),
-            stride=(_short(layer.stride), 1),
-            padding=(padding, 0),
-            dilation=(_short(layer.dilation), 1),
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            **settings,
+        return (
+            ColumnLookup(self.__dict__["_embedding"], self.rank, **factory),
+            without_initial_weights(Linear, self.rank, self.embedding_dim, bias=False, **factory),
         )
 
     @classmethod
-    def is_pair(cls, down: Tensor, up: Tensor) -> bool:
-        return down.ndim == up.ndim == 4 and down.shape[0] % up.shape[1] == 0
-
-    @classmethod
-    def like_weights(cls, name: str, /, down: torch.Size, up: torch.Size, **settings: Any) -> "Conv2dLora":
-        lora = cls(
-            name,
-            in_channels=down[1],
-            out_channels=up[0],
-            rank=down[0],
-            kernel_size=(_short(down[2:]), _short(up[2:])),
-            groups=down[0] // up[1],
-            **settings,
-        )
-        lora._geometry_is_guessed = True
-        return lora
+    def like_layer(cls, name: str, /, layer: nn.Embedding, **settings: Any) -> "EmbeddingLora":
+        return cls(name, layer, **settings)
 
     def is_compatible(self, layer: nn.Module, /) -> bool:
-        if not isinstance(layer, nn.Conv2d):
-            return False
-        channels = (layer.in_channels, layer.out_channels)
-        kernel = [a + b - 1 for a, b in zip(self.down.kernel_size, self.up.kernel_size, strict=True)]
-        stride = [a * b for a, b in zip(self.down.stride, self.up.stride, strict=True)]
         return (
-            channels == (self.in_channels, self.out_channels)
-            and kernel == list(layer.kernel_size)
-            and (self._geometry_is_guessed or stride == list(layer.stride))
+            isinstance(layer, nn.Embedding)
+            and layer.num_embeddings == self.num_embeddings
+            and layer.embedding_dim == self.embedding_dim
         )
 
-    def fit(self, layer: nn.Module, /) -> None:
-        main: Conv2d = self[self._main]
-        if self._geometry_is_guessed and isinstance(layer, nn.Conv2d) and main.kernel_size == layer.kernel_size:
-            for name in ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice"):
-                setattr(main, name, getattr(layer, name))
-
-
-def _both(size: Pair) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _short(size: Any) -> Pair:
-    height, width = size
-    return height if height == width else (height, width)
-
-
-def _same_padding(kernel_size: Pair, dilation: Pair) -> Pair:
-    pairs = zip(_both(kernel_size), _both(dilation), strict=True)
-    return _short([step * (size - 1) // 2 for size, step in pairs])
+    def delta_weight(self) -> Tensor:
+        return in_full_precision(lambda down, up: (up @ down).T * self.scaling, self.down.weight, self.up.weight)

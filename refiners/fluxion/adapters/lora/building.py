@@ -1,0 +1,52 @@
+"""What adapters of layers are built from."""
+
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from refiners.fluxion.layers.factory import Factory
+
+T = TypeVar("T", bound=nn.Module)
+
+
+class Weight(NamedTuple):
+    """Where a tensor of an adapter is, and which of its axes are as long as the rank."""
+
+    module: nn.Module
+    name: str
+    rank_axes: tuple[int, ...] = ()
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The parameter."""
+        return cast(nn.Parameter, getattr(self.module, self.name))
+
+
+class Strength(TypedDict, total=False):
+    """How strong an adapter is, see `Delta`."""
+
+    scale: float
+    alpha: float | None
+    rank_stabilized: bool
+
+
+def placed_like(target: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> Factory:
+    """The device and the dtype that are given, or else those of a layer's weight, if it is a floating one."""
+    weight = cast(Tensor, target.weight)
+    if dtype is None and weight.is_floating_point():
+        dtype = weight.dtype
+    return Factory(device=device or weight.device, dtype=dtype)
+
+
+def without_initial_weights(kind: type[T], *args: Any, **kwargs: Any) -> T:
+    """Build a layer whose weights are not drawn, since others are about to be put there.
+
+    Drawing them would take most of the time, above all on the meta device, where there is nothing to draw.
+    """
+    layer = object.__new__(kind)
+    # Found before the method of the class, which the constructor calls.
+    layer.__dict__["reset_parameters"] = lambda: None
+    kind.__init__(layer, *args, **kwargs)
+    del layer.__dict__["reset_parameters"]
+    return layer
