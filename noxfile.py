@@ -164,9 +164,23 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def benchmarks(session: nox.Session) -> None:
-    """Measure what the framework and injected adapters cost, against budgets and baselines."""
+    """Count and time what ports and adapters cost; `-- --write-budgets`, `-- --figures FILE`, `-- --on cuda`."""
     install(session, "benchmarks")
-    run(session, *PYTEST, "testpaths=benchmarks", *session.posargs)
+    room = [*PYTEST, "testpaths=benchmarks"]
+    how = ["-m", "timed"]
+    if session.posargs:
+        how = in_parallel(session.posargs) if "--write-budgets" in session.posargs else []
+    else:
+        # Counts are the same on a busy machine; what is timed has it for itself.
+        run(session, *room, *in_parallel([]), "-m", "not timed")
+    run(session, *room, *how, *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def benchmark_gate(session: nox.Session) -> None:
+    """Measure how often the timings raise false alarms and miss 5 %; `-- --minutes 10 --runs 200`."""
+    install(session, "benchmarks")
+    run(session, "-m", "benchmarks.gate", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"])

@@ -92,6 +92,15 @@ def test_the_whole_interval_decides(low: float, high: float, verdict: Verdict) -
     assert Interval(median=0.9, low=low, high=high).verdict(1.0) is verdict
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "standing"),
+    [(0.9, 0.99, "FASTER"), (1.01, 1.1, "SLOWER"), (0.995, 1.005, "SAME"), (0.9, 1.1, "UNDECIDED")],
+    ids=str,
+)
+def test_a_ratio_says_who_is_faster(low: float, high: float, standing: str) -> None:
+    assert Interval(median=(low + high) / 2, low=low, high=high).standing() == standing
+
+
 def test_the_interval_holds_the_true_median() -> None:
     generator = random.Random(0)
     intervals = [bootstrap([generator.lognormvariate(0, 0.3) for _ in range(32)]) for _ in range(200)]
@@ -119,6 +128,7 @@ def test_a_figure_is_written_with_its_raw_samples() -> None:
         "limit": 2,
         "samples": [3],
         "unit": "calls",
+        "facts": {},
         "verdict": "MISSED",
     }
 

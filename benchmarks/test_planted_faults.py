@@ -108,6 +108,7 @@ TIMED: dict[str, Callable[[], Contest]] = {
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("fault", TIMED.values(), ids=TIMED.keys())
 @torch.no_grad()
 def test_a_slow_one_is_missed(fault: Callable[[], Contest]) -> None:
@@ -144,6 +145,7 @@ def test_a_reader_that_copies_is_counted(file: Path) -> None:
     assert loading.copied_bytes(read_and_copy, file) == size
 
 
+@pytest.mark.timed
 def test_a_reader_that_copies_is_missed(file: Path) -> None:
     pair = loading.against(Path.read_bytes, read_and_copy, file, limit=1.00)
     assert pair.figure(BUDGET).verdict is Verdict.MISSED

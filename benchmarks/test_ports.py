@@ -3,99 +3,107 @@
 At published sizes the kernels are all there is; `nox -s parity_full` measures those.
 """
 
-from collections.abc import Callable
-from functools import cache
+import os
+import time
+from collections.abc import Mapping
+from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.conftest import Record
+from benchmarks.conftest import Record, Tell
 from benchmarks.engine.contestants import Pair
-from benchmarks.engine.figures import Verdict
-from reference_ports import unet
+from benchmarks.engine.counts import calls
+from benchmarks.engine.figures import Verdict, exact
+from benchmarks.engine.timers import ByClock
+from benchmarks.engine.watch import watch
+from benchmarks.workloads import PORTS, Act, Workload
 
-LIMIT = 0.95
-
-UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {
-        "block_out_channels": (32, 64),
-        "norm_num_groups": 8,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    "sdxl": {
-        "block_out_channels": (32, 64, 64),
-        "norm_num_groups": 8,
-        "cross_attention_dim": 32,
-        "attention_head_dim": (2, 4, 4),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 2),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 8 * 6 + 24,
-    },
-}
-
-Act = Callable[[], Tensor]
+# What a port may take at most, of its upstream's time. Others are told.
+LIMITS = {"unet-sd1": 0.95, "unet-sdxl": 0.95}
+# Where objects lie in memory makes equal models differ, so there are several of each.
+POOL = 3
 
 
 @cache
-def unets(name: str) -> tuple[nn.Module, unet.UNet]:
-    """Upstream and port, with the same weights."""
-    config = UNETS[name]
-    upstream = UNet2DConditionModel(**config).eval()
-    port = unet.from_config(config).eval()
-    port.load_state_dict(unet.key_map_for(config).convert(upstream.state_dict(), port), assign=True)
-    return upstream, port
+def pool(name: str) -> tuple[Workload, list[tuple[Act, Act]]]:
+    """Acts of port and upstream with the same weights, which give the same bits."""
+    workload = PORTS[name]()
+    pairs = [workload.pair() for _ in range(POOL)]
+    for ours, theirs in pairs if not workload.gradients else ():
+        assert same_bits(ours(), theirs()), f"{name} differs from upstream, so their times cannot be compared."
+    return workload, pairs
 
 
-def forwards(name: str) -> tuple[Act, Act]:
-    """One forward of each, which give the same bits."""
-    upstream, port = unets(name)
-    generator = torch.Generator().manual_seed(0)
-    latents, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 7, 32)))
-    timestep = torch.tensor([981])
-    pooled, time_ids = torch.randn(1, 24, generator=generator), torch.full((1, 6), 512.0)
-    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}} if name == "sdxl" else {}
-
-    def run_upstream() -> Tensor:
-        return upstream(latents, timestep, text, **more).sample
-
-    def run_port() -> Tensor:
-        port.set_timestep(timestep)
-        port.set_clip_text_embedding(text)
-        if more:
-            port.set_pooled_text_embedding(pooled)
-            port.set_time_ids(time_ids)
-        return port(latents)
-
-    assert torch.equal(run_upstream(), run_port())
-    return run_upstream, run_port
+def same_bits(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, Mapping):
+        return ours.keys() == theirs.keys() and all(same_bits(ours[key], theirs[key]) for key in ours)
+    return ours == theirs
 
 
-def against_diffusers(name: str) -> Pair:
-    """The forward of the port divided by upstream's."""
-    return Pair(contestant=lambda: forwards(name)[1], reference=lambda: forwards(name)[0], limit=LIMIT)
+def against_upstream(name: str, limit: float | None, **options: Any) -> Pair:
+    """The act of the port divided by upstream's."""
+    workload, pairs = pool(name)
+    ours, theirs = (cycle([pair[side] for pair in pairs]) for side in (0, 1))
+    size = sum(parameter.numel() for parameter in workload.build().parameters())
+    more = options.pop("facts", {})
+    facts = {"workload": name, "against": "upstream", "parameters": size, "dtype": "float32", **more}
+    return Pair(contestant=partial(next, ours), reference=partial(next, theirs), limit=limit, facts=facts, **options)
 
 
-@pytest.mark.parametrize("name", UNETS)
-@torch.no_grad()
-def test_a_tiny_unet_against_diffusers(record: Record, name: str) -> None:
-    record(against_diffusers(name))
+def limited(names: Mapping[str, Any], limits: Mapping[str, float]) -> list[Any]:
+    """The names as parameters; those without a limit are measured only where a file of figures is asked for."""
+    return [name if name in limits else pytest.param(name, marks=pytest.mark.told) for name in names]
 
 
-@torch.no_grad()
-def test_a_tiny_unet_whose_calls_are_watched_by_three_is_missed() -> None:
-    port = unets("sd1")[1]
-    hooks = [module.register_forward_hook(lambda *_: None) for module in port.modules() for _ in range(3)]
-    figure = against_diffusers("sd1").figure(budget=4.0)
-    for hook in hooks:
-        hook.remove()
-    assert figure.verdict is Verdict.MISSED
+@pytest.mark.parametrize("name", limited(PORTS, LIMITS))
+def test_a_port_against_upstream(record: Record, name: str) -> None:
+    record(against_upstream(name, LIMITS.get(name), facts={"threads": 1}))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("name", ["unet-sd1", "step-sd1"])
+def test_a_port_against_upstream_on_all_threads(record: Record, name: str) -> None:
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    clock = time.perf_counter
+    record(against_upstream(name, None, timer=ByClock(clock), clock=clock, facts={"threads": threads}))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("name", PORTS)
+def test_calls_of_a_port_for_each_of_upstream(tell: Tell, name: str) -> None:
+    """Python's and C's calls: what a figure in time is made of at this size."""
+    ours, theirs = (counted(act) for act in pool(name)[1][0])
+    tell(exact(ours / theirs, limit=None, unit="×", workload=name, ours=ours, theirs=theirs))
+
+
+def counted(act: Act) -> int:
+    for _ in range(2):
+        act()
+    found = calls(act)
+    return found.python.total() + found.c.total()
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("name", PORTS)
+def test_peak_bytes_of_a_port_for_each_of_upstream(tell: Tell, name: str) -> None:
+    ours, theirs = pool(name)[1][0]
+    peaks = [watch(act).peak for act in (ours, theirs)]
+    tell(exact(peaks[0] / peaks[1], limit=None, unit="×", workload=name, measured=peaks[0], theoretical=peaks[1]))
+
+
+@pytest.mark.timed
+def test_a_port_whose_calls_are_watched_by_six_is_missed() -> None:
+    workload = PORTS["unet-sd1"]()
+    hooked, act = workload.ready()
+    for module in hooked.modules():
+        for _ in range(6):
+            module.register_forward_hook(lambda *_: None)
+    pair = Pair(contestant=lambda: act, reference=lambda: pool("unet-sd1")[1][0][1], limit=LIMITS["unet-sd1"])
+    assert pair.figure(2.0).verdict is Verdict.MISSED

@@ -53,8 +53,9 @@ def test_ci_runs_the_two_commands_and_the_other_sessions_and_nothing_else() -> N
 
 
 def test_ci_runs_every_check_here_and_on_the_hosted_runners() -> None:
-    # Samples of mutants and upstream run in parity. Published sizes take minutes and 8 GiB (parity_full).
-    checks = set(SESSIONS) - {"environment", "docs", "fix", "mutants", "parity_full", "upstream"}
+    # Samples of mutants and upstream run in parity. Published sizes take minutes and 8 GiB (parity_full), and
+    # so does counting how often the timings err; benchmarks make a few runs of it.
+    checks = set(SESSIONS) - {"environment", "docs", "fix", "mutants", "parity_full", "upstream", "benchmark_gate"}
     local = {word for command in commands_of(ROOT / ".ci" / "run") for word in re.findall(r"(?<=nox -s ).*", command)}
     assert set(" ".join(local).split()) == checks
     matrix = re.search(r"session: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())

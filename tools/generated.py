@@ -4,6 +4,7 @@ python -m tools.generated --check    fails when a file is not what it would be i
 python -m tools.generated --write    writes them
 
 README.md                         the table of verdicts, between its two markers, from parity_tests/parity.json
+docs/benchmarks.md                the tables of figures, between their markers, from benchmarks/figures.json
 reference_ports/FAMILY/tree.txt   the tree of every port of the family, built on the meta device
 """
 
@@ -22,6 +23,9 @@ SOURCE = "parity_tests/parity.json"
 MEASURE = f"nox -s parity -- --parity-json {SOURCE}"
 BEGIN = "<!-- parity table: begin (written from parity.json by `nox -s fix`) -->"
 END = "<!-- parity table: end -->"
+FIGURES = "benchmarks/figures.json"
+BEGIN_FIGURES = "<!-- figures: begin (written from benchmarks/figures.json by `nox -s fix`) -->"
+END_FIGURES = "<!-- figures: end -->"
 REPAIR = "Run `nox -s fix` and commit what it writes."
 
 
@@ -43,6 +47,20 @@ def readme(root: Path) -> str:
     return f"{before}{BEGIN}\n{table.strip()}\n{END}{after}"
 
 
+def benchmarks(root: Path) -> str:
+    """docs/benchmarks.md, with the tables that the committed figures give."""
+    from refiners.bench.figures import read_run
+    from refiners.bench.table import render_tables
+
+    text, source = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8"), root / FIGURES
+    if text.count(BEGIN_FIGURES) != 1 or text.count(END_FIGURES) != 1:
+        raise StaleError(f"docs/benchmarks.md must hold these two lines once:\n{BEGIN_FIGURES}\n{END_FIGURES}")
+    if not source.is_file():
+        raise StaleError(f"{FIGURES} is missing: run `nox -s benchmarks -- --publish` and commit the file.")
+    before, after = text.partition(BEGIN_FIGURES)[0], text.partition(END_FIGURES)[2]
+    return f"{before}{BEGIN_FIGURES}\n{render_tables(read_run(source)).strip()}\n{END_FIGURES}{after}"
+
+
 def families(root: Path) -> Iterator[str]:
     """The packages of reference_ports that hold ports, in alphabetical order."""
     for package in sorted((root / "reference_ports").glob("*/__init__.py")):
@@ -60,7 +78,10 @@ def trees(family: str) -> str:
 def generated(root: Path = ROOT) -> dict[Path, Callable[[], str]]:
     """Every generated file, and what says what it has to hold."""
     families_trees = {root / "reference_ports" / name / "tree.txt": partial(trees, name) for name in families(root)}
-    return {**families_trees, root / "README.md": partial(readme, root)}
+    documents = {root / "README.md": partial(readme, root)}
+    if (root / "docs" / "benchmarks.md").is_file():
+        documents[root / "docs" / "benchmarks.md"] = partial(benchmarks, root)
+    return {**families_trees, **documents}
 
 
 def difference(path: Path, wanted: str) -> str:

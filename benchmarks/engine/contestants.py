@@ -12,16 +12,17 @@ What existed before is hidden from the garbage collector, so that no contestant 
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import cycle
+from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
-from benchmarks.engine.figures import Clock, Figure, measure
+from benchmarks.engine.figures import BUDGET, PRECISION, Clock, Figure, measure
+from benchmarks.engine.timers import Act, ByClock, Timer
 
 T = TypeVar("T")
-Act = Callable[[], object]
 
 # One turn of each contestant: long against the clock's resolution and a cold cache, short against a burst.
 TURNS = 0.01
@@ -32,7 +33,7 @@ REPEATS = 5
 class Contest(Protocol):
     """What can be measured, and handed to pytest-benchmark, whose JSON, histogram and compare read it."""
 
-    def figure(self, budget: float = ...) -> Figure: ...
+    def figure(self, budget: float = ..., /) -> Figure: ...
 
     def replay(self, benchmark: Any) -> None: ...
 
@@ -63,40 +64,39 @@ class Pair:
     contestant: Callable[[], Act]
     reference: Callable[[], Act]
     limit: float | None
-    precision: float = 0.01
+    precision: float = PRECISION
     clock: Clock = time.process_time
+    timer: Timer | None = None
+    """How a turn is timed. None: by the clock."""
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def figure(self, budget: float = 4.0) -> Figure:
+    def figure(self, budget: float = BUDGET) -> Figure:
         with frozen_garbage():
-            seconds = self._seconds(self.contestant()) + self._seconds(self.reference())
+            seconds = [self._seconds(build()) for build in (self.contestant, self.reference)]
             # As many of both: who has the shorter turns finds the caches cold more often.
-            calls = max(1, round(TURNS / seconds))
+            calls = max(1, round(TURNS / sum(seconds)))
             is_first = cycle((True, False))
-            return measure(
+            figure = measure(
                 lambda: self._ratio(calls, is_first=next(is_first)),
                 limit=self.limit,
                 precision=self.precision,
                 budget=budget,
                 clock=self.clock,
             )
+        return replace(figure, facts={**self.facts, "seconds": seconds})
 
     def replay(self, benchmark: Any) -> None:
         benchmark.pedantic(self.contestant(), rounds=20, iterations=5, warmup_rounds=2)
 
     def _seconds(self, act: Act) -> float:
         """Warm up, and find how long a call takes."""
-        calls = 0
-        start = self.clock()
-        while (elapsed := self.clock() - start) < WARM_UP:
-            act()
-            calls += 1
-        return elapsed / calls
+        start, seconds = self.clock(), inf
+        while self.clock() - start < WARM_UP or seconds == inf:
+            seconds = min(seconds, self._turn(act, 1))
+        return seconds
 
     def _turn(self, act: Act, calls: int) -> float:
-        start = self.clock()
-        for _ in range(calls):
-            act()
-        return (self.clock() - start) / calls
+        return (self.timer or ByClock(self.clock))(act, calls)
 
     def _ratio(self, calls: int, is_first: bool) -> float:
         build, build_other = (self.contestant, self.reference) if is_first else (self.reference, self.contestant)
@@ -120,8 +120,9 @@ class Work(Generic[T]):
     limit: float | None
     precision: float = 0.05
     clock: Clock = time.process_time
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def figure(self, budget: float = 4.0) -> Figure:
+    def figure(self, budget: float = BUDGET) -> Figure:
         """The seconds that the act takes. Each draw is the fastest of a few: what neighbours do only ever adds."""
         with frozen_garbage():
             self._seconds(self.n)
@@ -143,13 +144,14 @@ class Work(Generic[T]):
             gc.enable()
 
     def _measure(self, draw: Callable[[], float], budget: float, unit: str) -> Figure:
-        return measure(draw, limit=self.limit, unit=unit, precision=self.precision, budget=budget, clock=self.clock)
+        options = {"limit": self.limit, "unit": unit, "precision": self.precision, "clock": self.clock}
+        return replace(measure(draw, budget=budget, **options), facts=dict(self.facts))
 
 
 class Growth(Work[T]):
     """By how much the time of the act grows from size n to size 2n: 2 is linear, 4 is quadratic."""
 
-    def figure(self, budget: float = 4.0) -> Figure:
+    def figure(self, budget: float = BUDGET) -> Figure:
         with frozen_garbage():
             self._seconds(self.n)
             self._seconds(2 * self.n)

@@ -11,7 +11,7 @@ of many draws, and what decides is a bootstrap interval of that median, never th
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache
 from math import exp, lgamma, log
@@ -25,8 +25,13 @@ Clock = Callable[[], float]
 CONFIDENCE = 0.99
 # An interval that is looked at several times errs more often than one that is looked at once.
 LOOKS = 8
+# Seconds that are spent on a figure.
+BUDGET = 2.0
 # An undecided figure is worth more time than one that is clear.
 PATIENCE = 3
+HOPELESS = 10
+# The half-width, as a share of the median, at which an interval is narrow enough.
+PRECISION = 0.01
 # With fewer draws, an interval of a median says nothing about its tails.
 FEWEST_DRAWS = 16
 
@@ -38,6 +43,15 @@ class Verdict(StrEnum):
     MISSED = "MISSED"
     UNDECIDED = "UNDECIDED"
     NO_LIMIT = "no limit"
+
+
+class Standing(StrEnum):
+    """What the interval of a ratio says about its two contestants, whatever the limit is."""
+
+    FASTER = "FASTER"
+    SLOWER = "SLOWER"
+    SAME = "SAME"
+    UNDECIDED = "UNDECIDED"
 
 
 class LimitError(AssertionError):
@@ -57,6 +71,14 @@ class Interval:
         """Half of its width, as a share of the median."""
         return (self.high - self.low) / (2 * self.median)
 
+    def standing(self, precision: float = PRECISION) -> Standing:
+        """Who is faster: SAME where 1 lies inside of an interval that is narrow, UNDECIDED where it is wide."""
+        if self.high < 1:
+            return Standing.FASTER
+        if self.low > 1:
+            return Standing.SLOWER
+        return Standing.SAME if self.half_width <= precision else Standing.UNDECIDED
+
     def verdict(self, limit: float | None) -> Verdict:
         if limit is None:
             return Verdict.NO_LIMIT
@@ -73,6 +95,13 @@ class Figure:
     limit: float | None
     samples: tuple[float, ...]
     unit: str = "×"
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the report draws it by, such as the number of adapters."""
+
+    @property
+    def standing(self) -> Standing | None:
+        """Who is faster, for a ratio of two contestants."""
+        return self.interval.standing() if self.unit == "×" and len(self.samples) > 1 else None
 
     @property
     def verdict(self) -> Verdict:
@@ -107,12 +136,13 @@ class Figure:
 
     def as_json(self) -> dict[str, Any]:
         """What is written to the file of `--benchmark-json`."""
-        return asdict(self) | {"verdict": str(self.verdict)}
+        standing = {} if self.standing is None else {"standing": str(self.standing)}
+        return asdict(self) | {"verdict": str(self.verdict)} | standing
 
 
-def exact(count: float, *, limit: float | None, unit: str) -> Figure:
+def exact(count: float, *, limit: float | None, unit: str, **facts: Any) -> Figure:
     """A figure that is counted and not timed, and so known without an interval."""
-    return Figure(Interval(count, count, count), limit=limit, samples=(count,), unit=unit)
+    return Figure(Interval(count, count, count), limit=limit, samples=(count,), unit=unit, facts=facts)
 
 
 @cache
@@ -148,8 +178,8 @@ def measure(
     *,
     limit: float | None,
     unit: str = "×",
-    precision: float = 0.01,
-    budget: float = 4.0,
+    precision: float = PRECISION,
+    budget: float = BUDGET,
     fewest: int = FEWEST_DRAWS,
     clock: Clock = time.perf_counter,
 ) -> Figure:
@@ -168,9 +198,13 @@ def measure(
     samples: list[float] = []
     look = fewest
     deadlines = [clock() + budget, clock() + PATIENCE * budget]
+    hopeless = clock() + HOPELESS * max(budget, 1.0)
     while True:
         samples.append(draw())
         is_late = len(samples) >= fewest and clock() >= deadlines[0]
+        # A machine that is so busy that not even the fewest draws come to an end decides nothing.
+        if clock() >= hopeless and len(samples) >= 3:
+            return Figure(interval=bootstrap(samples), limit=limit, samples=tuple(samples), unit=unit)
         if len(samples) < look and not is_late:
             continue
         look = 2 * len(samples)

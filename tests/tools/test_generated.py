@@ -93,3 +93,40 @@ def test_without_a_task_nothing_is_written(checkout: Path) -> None:
     before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
     assert generated.main([], checkout) == 2
     assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
+
+
+def with_figures(checkout: Path) -> Path:
+    """The document of benchmarks, and figures of which its tables are made."""
+    document = checkout / "docs" / "benchmarks.md"
+    document.parent.mkdir()
+    document.write_text(f"# Benchmarks\n\n{generated.BEGIN_FIGURES}\n{generated.END_FIGURES}\n\nThe rest.\n")
+    (checkout / "benchmarks").mkdir()
+    figure = {"interval": {"median": 0.8, "low": 0.7, "high": 0.9}, "limit": 1.0, "unit": "×", "verdict": "MET"}
+    told = {
+        "format": "refiners-benchmarks-1",
+        "device": {"kind": "cpu", "name": "a processor", "properties": {}},
+        "commit": "abc",
+        "started": "2026-11-22T05:00:00",
+        "complete": True,
+        "states": [],
+        "figures": {"a port[bert]": {**figure, "samples": [0.8], "facts": {"suite": "ports"}}},
+        "errors": {},
+    }
+    (checkout / generated.FIGURES).write_text(json.dumps(told))
+    return document
+
+
+def test_the_tables_of_figures_stand_between_their_markers(checkout: Path) -> None:
+    document = with_figures(checkout)
+    assert generated.main(["--check"], checkout) == 1
+    assert generated.main(["--write"], checkout) == 0
+    assert "| a port: bert | 0.800 × | [0.700, 0.900] | ≤ 1 | MET |" in document.read_text()
+    assert document.read_text().endswith(f"{generated.END_FIGURES}\n\nThe rest.\n")
+    assert generated.main(["--check"], checkout) == 0
+
+
+def test_missing_figures_say_how_to_measure_them(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_figures(checkout)
+    (checkout / generated.FIGURES).unlink()
+    assert generated.main(["--write"], checkout) == 1
+    assert "nox -s benchmarks -- --publish" in capsys.readouterr().out

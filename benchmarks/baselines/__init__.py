@@ -1,0 +1,1 @@
+"""Baselines: one file for each device that was measured."""

@@ -1,0 +1,154 @@
+"""What injected adapters cost: beside the same model without them, beside peft's, and beside their products alone."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.adapter_rows import ADAPTERS, inject_one, inject_several
+from benchmarks.conftest import Record, Tell
+from benchmarks.engine.contestants import Pair, Work
+from benchmarks.engine.figures import exact
+from benchmarks.upstream import inject_peft_loras, remove_peft_loras
+from benchmarks.workloads import PORTS, Act, case, draw, forward_of, with_adapter
+from reference_ports.unet import SD1UNet
+
+# What a forward with adapters may take at most, of the same without. Others are told.
+LIMITS: dict[str, float] = {}
+STACKS = (1, 2, 4, 8)
+
+
+@cache
+def base(host: str = "unet-sd1") -> Act:
+    """A model without adapters."""
+    return PORTS[host]().ready()[1]
+
+
+@cache
+def adapted(name: str) -> Act:
+    return with_adapter(ADAPTERS[name]).ready()[1]
+
+
+@cache
+def stacked(count: int) -> Act:
+    """With some LoRAs on each projection of attention."""
+    workload = forward_of("unet-sd1", "unet/sd1")
+    model = workload.build()
+    inject_several(model, count)
+    return torch.no_grad()(workload.port(model))
+
+
+@cache
+def stacked_by_peft(count: int) -> Act:
+    """Upstream with some LoRAs of peft on the same projections, all of them active."""
+    found = case("unet/sd1")
+    model, inputs = inject_peft_loras(found.upstream(), count), draw(found)
+    return torch.no_grad()(lambda: found.run_upstream(model, inputs))
+
+
+@cache
+def base_of_upstream() -> Act:
+    found = case("unet/sd1")
+    model, inputs = found.upstream().eval(), draw(found)
+    return torch.no_grad()(lambda: found.run_upstream(model, inputs))
+
+
+def against(act: Act, other: Act, limit: float | None, **facts: Any) -> Pair:
+    return Pair(
+        contestant=lambda: act, reference=lambda: other, limit=limit, facts={"threads": 1, "dtype": "float32", **facts}
+    )
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_forward_with_an_adapter_against_without(record: Record, name: str) -> None:
+    host = ADAPTERS[name].host
+    facts = {"workload": f"{host}+{name}", "against": "base", "adapter": name}
+    record(against(adapted(name), base(host), LIMITS.get(name), **facts))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("count", STACKS)
+def test_a_stack_of_loras_against_without(record: Record, count: int) -> None:
+    record(against(stacked(count), base(), None, stack=count, who="refiners"))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("count", STACKS)
+def test_a_stack_of_loras_of_peft_against_without(record: Record, count: int) -> None:
+    record(against(stacked_by_peft(count), base_of_upstream(), None, stack=count, who="peft"))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_stack_of_loras_against_peft(record: Record, count: int) -> None:
+    record(against(stacked(count), stacked_by_peft(count), 1.0, against="peft", workload=f"{count} LoRAs"))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("count", STACKS)
+def test_products_of_a_stack_of_loras_against_without(tell: Tell, count: int) -> None:
+    """What a stack costs at least: the multiplications that it adds."""
+    tell(exact(flops(stacked(count)) / flops(base()), limit=None, unit="×", stack=count, who="the products alone"))
+
+
+def flops(act: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        act()
+    return counter.get_total_flops()
+
+
+# Injecting into the published size, on `meta`
+
+
+@cache
+def full_size() -> SD1UNet:
+    return SD1UNet(device="meta")
+
+
+class Injecting:
+    """Builds what is timed: the model without, or with, what was injected last."""
+
+    def __init__(self) -> None:
+        self.ejects: list[Callable[[], None]] = []
+
+    def without(self, _: int) -> nn.Module:
+        while self.ejects:
+            self.ejects.pop()()
+        return full_size()
+
+    def inject(self, model: nn.Module) -> None:
+        self.ejects.append(inject_one(model))
+
+    def with_them(self, _: int) -> Callable[[], None]:
+        self.inject(self.without(0))
+        return self.ejects.pop()
+
+
+@pytest.mark.told
+def test_seconds_of_injecting_128_loras(record: Record) -> None:
+    injecting = Injecting()
+    record(Work(build=injecting.without, act=injecting.inject, n=128, limit=None, facts={"who": "refiners"}))
+    injecting.without(0)
+
+
+@pytest.mark.told
+def test_seconds_of_ejecting_128_loras(record: Record) -> None:
+    injecting = Injecting()
+    record(Work(build=injecting.with_them, act=lambda eject: eject(), n=128, limit=None, facts={"who": "refiners"}))
+
+
+@pytest.mark.told
+def test_seconds_of_injecting_128_loras_of_peft(record: Record) -> None:
+    with torch.device("meta"):
+        model = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+
+        def without(_: int) -> nn.Module:
+            remove_peft_loras(model)
+            return model
+
+        record(Work(build=without, act=inject_peft_loras, n=128, limit=None, facts={"who": "peft"}))
