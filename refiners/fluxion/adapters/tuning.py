@@ -49,6 +49,7 @@ class TunedCopy(TunedWeights):
 class CopyTuningAdapter(TuningAdapter):
     """A layer that computes with other values for some of its parameters. Abstract: a subclass says which."""
 
+    uses_parameters_of_target = True
     parameter_names: ClassVar[tuple[str, ...]]
     layer_types: ClassVar[tuple[type[nn.Module], ...]]
 

@@ -17,7 +17,7 @@ in any order. An injection is a transaction: it is done completely or not at all
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeGuard, TypeVar, cast
 from weakref import ref
 
 from torch import nn
@@ -57,6 +57,9 @@ class Adapter(Generic[T]):
     Raises:
         AdapterTypeError: (an AssertionError) A subclass is no Chain.
     """
+
+    # Whether it computes with the parameters of its target instead of calling it; then nothing can stand between the two.
+    uses_parameters_of_target: ClassVar[bool] = False
 
     _target: Any = None
     _is_injected = False
@@ -132,6 +135,12 @@ class Adapter(Generic[T]):
             target = self.target
             places = self._places(parent)
             self._match_training_mode()
+            for place in places:
+                if is_adapter(place) and place.uses_parameters_of_target and place.adapts(target):
+                    raise AdapterError(
+                        f"{place} computes with the parameters of {target}, so nothing can be injected between the "
+                        f"two: eject it first, inject {chain}, and inject it again."
+                    )
             _set(self, "_is_injected", True)
             if not places:
                 self._become_parent(cast(Any, target))

@@ -14,6 +14,8 @@ from refiners.fluxion.adapters.lora.merge import unmerge_delta
 from refiners.fluxion.adapters.lora.samples import run_samples
 from refiners.fluxion.adapters.merging import merge_of
 from refiners.fluxion.layers.adapter import Adapter
+from refiners.fluxion.layers.branch import holders_of
+from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.combinators import Sum
 from refiners.fluxion.layers.failure import chain_error
 from refiners.fluxion.layers.journal import note_undo, transaction
@@ -68,7 +70,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         try:
             for layer in tuple(self.__dict__["_modules"].values()):
                 is_delta = isinstance(layer, Delta)
-                if is_delta and not (layer.switch.is_on and layer.scaling):
+                if is_delta and not (layer.scaling and (layer.switch.is_on or self._runs_alone(layer))):
                     continue
                 if (
                     direct
@@ -113,7 +115,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         inputs = args
         for layer in self.__dict__["_modules"].values():
             if isinstance(layer, Delta):
-                if not layer.switch.is_on:
+                if not (layer.switch.is_on or self._runs_alone(layer)):
                     continue
                 inputs = layer.inputs_from(inputs)
                 changed = self._add(total, cast(Any, layer), layer, inputs)
@@ -125,6 +127,13 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                 total = self._fold(total, layer(*args))
                 dtype = dtype or total.dtype
         return total if total.dtype == dtype else total.to(dtype)
+
+    def _runs_alone(self, delta: Delta[Any]) -> bool:
+        """Whether a LoRA that is fused is not fused here, but in a structural copy of this adapter."""
+        switch = delta.switch
+        if not switch.enabled or switch.merged or not switch.fused:
+            return False
+        return not any(isinstance(module, FusedLoras) and module.has(delta) for module in self)
 
     def add(self, total: Tensor, delta: Delta[Any], inputs: tuple[Any, ...]) -> Tensor:
         """Add what one LoRA makes of inputs to what is there so far."""
@@ -203,13 +212,15 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
 
     def fuse(self) -> None:
         """Run those LoRAs that can be as one pair of products, from now on; see `FusedLoras`."""
-        with self._taken_apart():
-            _set_fused(self, value=True)
+        adapter = self.original
+        with adapter._taken_apart():
+            _set_fused(adapter, value=True)
 
     def unfuse(self) -> None:
         """Run each LoRA by itself again."""
-        with self._taken_apart():
-            _set_fused(self, value=False)
+        adapter = self.original
+        with adapter._taken_apart():
+            _set_fused(adapter, value=False)
 
     def refuse(self) -> None:
         """Fuse anew, if this adapter is fused: what may be fused has changed."""
@@ -243,6 +254,18 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
     def copies(self) -> "tuple[LoraAdapter, ...]":
         """The same adapter in the other places of a layer that the tree holds several times."""
         return cast("tuple[LoraAdapter, ...]", self._twins)
+
+    @property
+    def original(self) -> "LoraAdapter":
+        """The adapter that this one is a copy of, where a layer stands in several places; else this one."""
+        for holder in holders_of(self.target):
+            above: Any = holder
+            # Other adapters may stand between the two.
+            while isinstance(above, Adapter):
+                if isinstance(above, LoraAdapter) and any(copied is self for copied in above.copies):
+                    return above
+                above = cast(Chain, above).parent
+        return self
 
 
 def _set_fused(adapter: LoraAdapter, value: bool) -> None:

@@ -152,18 +152,12 @@ def attach(lora: Delta[Any], layer: nn.Module, parent: Chain, top: Chain | None 
         top: Adapt the layer everywhere below this Chain, instead of below its parent only.
     """
     if isinstance(parent, LoraAdapter) and parent.is_shared:
-        adapter = _original(parent, layer)
+        adapter = parent.original
         adapter.add_lora(lora)
         return adapter
     adapter = LoraAdapter(layer, lora)
     adapter.is_shared = True
     return adapter.inject(top or parent)
-
-
-def _original(adapter: LoraAdapter, layer: nn.Module) -> LoraAdapter:
-    """The adapter that this one is a copy of, where a layer stands in several places."""
-    holders = [holder for holder in holders_of(layer) if isinstance(holder, LoraAdapter)]
-    return next((holder for holder in holders if any(copied is adapter for copied in holder.copies)), adapter)
 
 
 def _layers_named(keys: Iterable[str], target: Chain) -> dict[str, nn.Module]:

@@ -63,6 +63,10 @@ class FusedLoras(Module):
         """The LoRAs, in the order of their ranks."""
         return self.__dict__["_loras"]
 
+    def has(self, delta: Any) -> bool:
+        """Whether this runs an adapter, or one of which that is a structural copy."""
+        return self.is_live and any(lora.switch is delta.switch for lora in self.loras)
+
     def forward(self, x: Tensor, output: Tensor, may_overwrite: bool = False) -> Tensor:
         if not self.is_live:
             return output
@@ -110,7 +114,8 @@ class FusedLoras(Module):
             self._put_side_by_side()
         numbers: list[float] = []
         for lora in self.loras:
-            numbers += [lora.scaling if lora.switch.enabled else 0.0] * _rows(lora)
+            runs = lora.switch.enabled and not lora.switch.merged
+            numbers += [lora.scaling if runs else 0.0] * _rows(lora)
         # A new tensor rather than new values in the old one, which another thread may be reading.
         self.__dict__["_scales"] = torch.tensor(numbers, dtype=self._down.dtype, device=self._down.device)
         # Mostly there is one, and then the last operation multiplies by it too.
@@ -215,8 +220,8 @@ def _rows(lora: Lora[Any]) -> int:
 
 def _shape(delta: Any) -> Any:
     """What LoRAs must share to be fused; None for what cannot be."""
-    if not isinstance(delta, Lora) or delta.method != "lora" or delta.switch.merged:
-        return None
+    if not isinstance(delta, Lora) or delta.method != "lora" or delta.switch.merged or delta.switch.fused:
+        return None  # what is fused is so in a structural copy, whose matrices hold its weights
     down: Any = delta.down
     up: Any = delta.up
     weight = down.weight

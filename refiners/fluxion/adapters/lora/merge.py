@@ -81,14 +81,20 @@ def unmerge_delta(layer: nn.Module, delta: Delta[Any]) -> None:
 
 def _set_merged(delta: Delta[Any], merge: Merge, value: bool) -> None:
     switch, acts = delta.switch, delta.switch.on_change
+    others = tuple(act for act in acts if act != merge.fold)
+
+    def set_to(merged: bool) -> None:
+        switch.set("merged", merged)
+        for act in others:  # where it is fused, which may be in a structural copy
+            act()
 
     def undo() -> None:
         switch.on_change = acts
-        switch.set("merged", not value)
+        set_to(not value)
 
     note_undo(undo)
-    switch.on_change = (*acts, merge.fold) if value else tuple(act for act in acts if act != merge.fold)
-    switch.set("merged", value)
+    switch.on_change = (*acts, merge.fold) if value else others
+    set_to(value)
 
 
 def _merged_weight(deltas: list[Delta[Any]], base: Tensor) -> Tensor:

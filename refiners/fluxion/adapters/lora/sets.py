@@ -192,11 +192,12 @@ class LoraSet:
         self._check_injected("ejected")
         with transaction():
             for adapter, lora in self._held:
-                if not adapter.is_injected or adapter.parent is None or lora not in adapter:
+                if not adapter.is_injected or adapter.parent is None:
                     continue
-                if len(adapter.names) == 1:
+                others = [name for name in adapter.names if adapter.loras[name] is not lora]
+                if not others:
                     adapter.eject()
-                else:
+                elif lora in adapter:
                     adapter.remove_lora(lora.name)
         self._is_injected = False
 
@@ -371,13 +372,17 @@ def fuse(model: nn.Module) -> int:
     Raises:
         AdapterError: (a ValueError) No layer of the model has any that can be fused.
     """
-    adapters = [module for module in model.modules() if isinstance(module, LoraAdapter) and module.is_injected]
+    found = [module for module in model.modules() if isinstance(module, LoraAdapter) and module.is_injected]
+    adapters = {id(adapter.original): adapter.original for adapter in found}.values()
     with transaction():
         for adapter in adapters:
             adapter.fuse()
         count = sum(any(isinstance(module, FusedLoras) for module in adapter) for adapter in adapters)
         if not count:
-            raise AdapterError(f"{type(model).__name__} has no LoRAs that can be fused: inject some first.")
+            raise AdapterError(
+                f"{type(model).__name__} has no LoRAs that can be fused: inject some first, or unfuse the structural "
+                "copy in which they are."
+            )
     return count
 
 

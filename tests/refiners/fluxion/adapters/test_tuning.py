@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
-from refiners.errors import AdapterError, AdapterTypeError, ChainError, ConversionError, SelectionError
+from refiners.errors import AdapterError, AdapterTypeError, ConversionError, SelectionError
 from refiners.fluxion.adapters import (
     AdapterSet,
     IA3Adapter,
@@ -164,9 +164,12 @@ def test_a_layer_is_tuned_once_and_next_to_itself() -> None:
         inject_bias_tuning(model)
     with pytest.raises(AdapterError, match="tuned already"):
         inject_bias_tuning(select(model).of(fl.Linear))
-    inject_loras(model, name="style", rank=1)
-    with pytest.raises(ChainError, match="inject it before"):
-        model(torch.zeros(1, 4))
+    keys = list(model.state_dict())
+    for inject in (lambda: inject_loras(model, name="style", rank=1), lambda: inject_ia3(select(model).of(fl.Linear))):
+        with pytest.raises(AdapterError, match="computes with the parameters of Linear"):
+            inject()
+    assert list(model.state_dict()) == keys
+    model(torch.zeros(1, 4))
 
 
 def test_layers_of_another_kind_are_refused_and_nothing_is_touched() -> None:
