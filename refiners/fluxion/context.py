@@ -13,6 +13,7 @@ Three places can hold a value; a reader takes the first that has it:
 2. the *scope* of the current thread or asyncio task (`with model.context_scope():`);
 3. the provider itself, shared by all threads.
 """
+# pyright: reportPrivateUsage=false
 
 import threading
 from collections.abc import Generator
@@ -33,13 +34,14 @@ _ABSENT: Any = object()
 
 @runtime_checkable
 class ContextOwner(Protocol):
-    """What a provider needs to know of the Chain that owns it."""
+    """What a provider needs to know of the Chain that owns it.
 
-    @property
-    def parent(self) -> "ContextOwner | None": ...
+    Every access to a context climbs the tree, so this file reads both links as attributes, past the properties that
+    are there for others.
+    """
 
-    @property
-    def own_provider(self) -> "ContextProvider | None": ...
+    _parent: "ref[Any] | None"
+    _provider: "ContextProvider | None"
 
     def init_context(self) -> Contexts: ...
 
@@ -219,7 +221,7 @@ class ContextProvider:
 
     def _ancestors(self) -> "list[ContextProvider]":
         owner = self.owner
-        return [] if owner is None else providers_of(owner.parent)
+        return [] if owner is None or owner._parent is None else providers_of(owner._parent())
 
     def _writable_store(self) -> _Store:
         scope = _current_scope()
@@ -324,10 +326,9 @@ def providers_of(chain: ContextOwner | None) -> list[ContextProvider]:
     """The providers of a Chain and of its ancestors, the nearest first."""
     providers: list[ContextProvider] = []
     while chain is not None:
-        provider = chain.own_provider
-        if provider is not None:
-            providers.append(provider)
-        chain = chain.parent
+        if chain._provider is not None:
+            providers.append(chain._provider)
+        chain = None if chain._parent is None else chain._parent()
     return providers
 
 
@@ -337,16 +338,19 @@ def find_context(chain: ContextOwner | None, name: str) -> Context | None:
 
 
 def _merge(providers: list[ContextProvider], name: str) -> Context | None:
-    holders: list[Context] = []
+    top: Context | None = None
+    others: list[Context] = []
+    frames = _running.frames
     for provider in providers:
-        context = provider.values.get(name)
-        if context is not None:
-            holders.append(context)
-    if not holders:
-        return None
-    top = holders[-1]
-    if len(holders) > 1 and any(key not in top for context in holders for key in context):
-        return _SplitContext(holders)
+        values = frames.get(provider)
+        if values is None:
+            values = provider.values
+        if name in values:
+            if top is not None:
+                others.append(top)
+            top = values[name]
+    if top is not None and others and any(key not in top for context in others for key in context):
+        return _SplitContext([*others, top])
     return top
 
 
@@ -372,26 +376,41 @@ class _SplitContext(dict[str, Any]):
         return self[key]
 
 
-def find_provider(chain: ContextOwner | None, name: str, key: str | None = None) -> ContextProvider | None:
-    """The topmost provider that holds this key of the context, else the topmost that holds the context at all."""
-    holder: ContextProvider | None = None
-    key_holder: ContextProvider | None = None
+def find_place(chain: ContextOwner | None, name: str, key: str | None) -> tuple[ContextProvider, Context] | None:
+    """The topmost provider that holds this key of the context, else the topmost that holds the context at all.
+
+    Also the live context in it; None where nobody has one of that name.
+    """
+    place: tuple[ContextProvider, Context] | None = None
+    has_key = False
+    frames = _running.frames
     while chain is not None:
-        provider = chain.own_provider
+        provider = chain._provider
         if provider is not None:
-            context = provider.values.get(name)
-            if context is not None:
-                holder = provider
-                if key is not None and key in context:
-                    key_holder = provider
-        chain = chain.parent
-    return holder if key_holder is None else key_holder
+            values = frames.get(provider)
+            if values is None:
+                values = provider.values
+            if name in values:
+                context = values[name]
+                if key in context:
+                    has_key = True
+                    place = (provider, context)
+                elif not has_key:
+                    place = (provider, context)
+        chain = None if chain._parent is None else chain._parent()
+    return place
+
+
+def find_provider(chain: ContextOwner | None, name: str) -> ContextProvider | None:
+    """The topmost provider that holds the context of that name."""
+    place = find_place(chain, name, None)
+    return None if place is None else place[0]
 
 
 def root_of(chain: ContextOwner | None) -> ContextOwner | None:
     """The topmost ancestor."""
     while chain is not None:
-        parent = chain.parent
+        parent = None if chain._parent is None else chain._parent()
         if parent is None:
             return chain
         chain = parent

@@ -14,7 +14,7 @@ Adapters nest: one that is injected later on the same target stands inside the o
 in any order. An injection is a transaction: it is done completely or not at all.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeGuard, TypeVar, cast
@@ -37,13 +37,20 @@ def lookup_top_adapter(top: Chain, target: nn.Module) -> nn.Module:
     Only adapters of the target count, and adapters of these: not the Chains that merely hold it.
     """
 
-    def is_around(module: nn.Module, _: Any) -> bool:
-        if module is target:
-            raise StopIteration  # adapters of what the target holds are not around it
-        return is_adapter(module) and module.leads_to(target)
-
-    # The walk goes from the outside in. An adapter that does not hold its target is found like any other.
-    return next((module for module, _ in top.walk(is_around)), target)
+    # From the outside in. An adapter that does not hold its target is found like any other.
+    levels: list[Iterator[Any]] = [iter(top)]
+    while levels:
+        for module in levels[-1]:
+            if module is target:
+                continue  # adapters of what the target holds are not around it
+            if is_adapter(module) and module.leads_to(target):
+                return module
+            if isinstance(module, Chain):
+                levels.append(iter(module))
+                break
+        else:
+            levels.pop()
+    return target
 
 
 def is_adapter(module: object) -> TypeGuard["AnyAdapter"]:

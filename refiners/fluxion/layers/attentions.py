@@ -86,7 +86,7 @@ class ScaledDotProductAttention(Module):
         mask: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "batch query_length value_dim"]:
         self._check(query, key, value, mask)
-        query, key, value = (self._split_heads(x) for x in (query, key, value))  # batch num_heads length head_dim
+        query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         length = query.shape[-2]
         size = self.slice_size
         if size is None or length <= size:
@@ -100,21 +100,23 @@ class ScaledDotProductAttention(Module):
         return output.transpose(1, 2).flatten(2)  # batch query_length num_heads*value_head_dim
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        shapes = query.shape, key.shape, value.shape
+        heads = self.num_heads
         problem = None
-        if not query.ndim == key.ndim == value.ndim == 3:
+        if not len(shapes[0]) == len(shapes[1]) == len(shapes[2]) == 3:
             problem = "query, key and value need three axes: batch, length, dim"
-        elif any(x.shape[-1] % self.num_heads for x in (query, key, value)):
-            problem = f"the last axis of each must be a multiple of num_heads={self.num_heads}"
-        elif query.shape[-1] != key.shape[-1]:
+        elif shapes[0][2] % heads or shapes[1][2] % heads or shapes[2][2] % heads:
+            problem = f"the last axis of each must be a multiple of num_heads={heads}"
+        elif shapes[0][2] != shapes[1][2]:
             problem = "query and key must have the same last axis"
-        elif key.shape[1] != value.shape[1]:
+        elif shapes[1][1] != shapes[2][1]:
             problem = "key and value must have the same length"
         elif mask is not None and mask.ndim not in (2, 4):
             problem = "the mask needs the axes (query, key) or (batch, head, query, key)"
         if problem is not None:
-            shapes = [tuple(x.shape) for x in (query, key, value)]
+            query_shape, key_shape, value_shape = map(tuple, shapes)
             raise InputError(
-                f"ScaledDotProductAttention: {problem}. Got query {shapes[0]}, key {shapes[1]}, value {shapes[2]}"
+                f"ScaledDotProductAttention: {problem}. Got query {query_shape}, key {key_shape}, value {value_shape}"
                 + (f", mask {tuple(mask.shape)}." if mask is not None else ".")
             )
 

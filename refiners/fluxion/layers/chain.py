@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from refiners.errors import ChainError as ChainError
 from refiners.errors import InputError
@@ -61,6 +62,14 @@ class Chain(Branch):
     # What a subclass makes of (inputs, output) at the end. None rather than a method, since most have none.
     _finish: ClassVar[Any] = None
     _takes_one_input: ClassVar[bool] = False
+    # Whether an exception that leaves a forward, given one input, tells this input already.
+    _explains_failures: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_explains_failures" not in cls.__dict__:
+            owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+            cls._explains_failures = cls._explains_failures and "_explains_failures" in owner.__dict__
 
     def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
@@ -70,12 +79,17 @@ class Chain(Branch):
     def forward(self, *args: Any) -> Any:
         if self._takes_one_input and len(args) != 1:
             raise InputError(f"{self.get_path()} takes exactly one input, got {len(args)}.")
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self._forward_traced(*args)
         provider = self._provider
         outer = provider.enter() if provider is not None else None
         direct = self._children_are_plain and not calls_are_observed()
-        x: Any = args
+        lets_go = direct and self._holds_nodes
+        finish = self._finish
+        # The inputs are held only for as long as somebody needs them: a tensor may be large.
+        x: Any = args[0] if len(args) == 1 and not isinstance(args[0], tuple) else args
+        if finish is None:
+            args = ()
         layer: Any = None
         try:
             for layer in tuple(self.__dict__["_modules"].values()):
@@ -90,19 +104,24 @@ class Chain(Branch):
                     call = layer.forward
                 else:
                     call = layer
-                x = call(*x) if isinstance(x, tuple) else call(x)
+                if type(x) is not torch.Tensor and isinstance(x, tuple):
+                    x = call(*x)
+                elif lets_go and isinstance(layer, Chain) and layer._explains_failures and layer._provider is None:
+                    # Held from here as well, its input would outlive its first child.
+                    x = call((x, x := None)[0])
+                else:
+                    x = call(x)
                 if type(x) is Returned:
                     x = x.value
                     break
             if layer is None:
                 x = None
             layer = None
-            finish = self._finish
             return x if finish is None else finish(args, x)
         except PASS_THROUGH:
             raise
         except Exception as error:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 raise
             raise chain_error(self, layer, args if layer is None else x, error) from error
         finally:

@@ -4,10 +4,12 @@
 `Matmul` give all children the same inputs; `Distribute` gives each its own.
 """
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from refiners.errors import InputError
 from refiners.fluxion.layers.chain import Chain, Returned
@@ -45,26 +47,32 @@ class Passthrough(Chain):
 
 
 class _Branches(Chain):
-    """A Chain whose children do not feed one another. Subclasses fold their outputs together, one by one."""
+    """A Chain whose children do not feed one another. Their outputs are gathered, or folded together one by one."""
 
-    def _share(self, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    _explains_failures = True
+    # Whether all outputs live until the last child has run.
+    _gathers: ClassVar[bool] = False
+
+    def _share(self, args: tuple[Any, ...]) -> Iterable[tuple[Any, ...]]:
         """The inputs of each child."""
-        return [args] * len(self)
+        return [args] * len(self.__dict__["_modules"])
 
     def _fold(self, folded: Any, output: Any) -> Any:
         """Take in the output of one child. `folded` is None before the first."""
         raise NotImplementedError
 
     def _result(self, folded: Any) -> Any:
+        """What is returned, given what the outputs were folded to, or the list of them."""
         return folded
 
     def forward(self, *args: Any) -> Any:
         shares = self._share(args)
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self._forward_traced(*args)
         provider = self._provider
         outer = provider.enter() if provider is not None else None
         direct = self._children_are_plain and not calls_are_observed()
+        gathered: list[Any] | None = [] if self._gathers else None
         folded: Any = None
         share: tuple[Any, ...] = args
         layer: Any = None
@@ -78,16 +86,23 @@ class _Branches(Chain):
                     and not layer._backward_pre_hooks
                     and layer._compiled_call_impl is None
                 ):
-                    output = layer.forward(*share)
+                    call = layer.forward
                 else:
-                    output = layer(*share)
-                folded = self._fold(folded, output.value if type(output) is Returned else output)
+                    call = layer
+                output = call(*share)
+                if type(output) is Returned:
+                    output = output.value
+                if gathered is not None:
+                    gathered.append(output)
+                else:
+                    folded = self._fold(folded, output)
+                output = None  # or it would live for as long as the next child runs
             layer = None
-            return self._result(folded)
+            return self._result(folded if gathered is None else gathered)
         except PASS_THROUGH:
             raise
         except Exception as error:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 raise
             raise chain_error(self, layer, share, error) from error
         finally:
@@ -95,23 +110,27 @@ class _Branches(Chain):
                 provider.leave(outer)
 
     def _run_traced(self, args: tuple[Any, ...]) -> Any:
+        gathered: list[Any] = []
         folded: Any = None
         for layer, share in zip(self.__dict__["_modules"].values(), self._share(args), strict=True):
             output = layer(*share)
-            folded = self._fold(folded, output.value if isinstance(output, Returned) else output)
-        return self._result(folded)
+            if isinstance(output, Returned):
+                output = output.value
+            if self._gathers:
+                gathered.append(output)
+            else:
+                folded = self._fold(folded, output)
+        return self._result(gathered if self._gathers else folded)
 
 
 class Parallel(_Branches):
     """Gives all children the same inputs, and returns their outputs as a tuple."""
 
     _tag = "PAR"
+    _gathers = True
 
-    def _fold(self, folded: Any, output: Any) -> Any:
-        return [output] if folded is None else [*folded, output]
-
-    def _result(self, folded: Any) -> Any:
-        return () if folded is None else tuple(folded)
+    def _result(self, folded: list[Any]) -> Any:
+        return tuple(folded)
 
 
 class Distribute(Parallel):
@@ -122,6 +141,7 @@ class Distribute(Parallel):
     """
 
     _tag = "DISTR"
+    _explains_failures = False  # of a wrong number of inputs
 
     def _share(self, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if len(args) != len(self):
@@ -158,18 +178,14 @@ class Concatenate(_Branches):
     """
 
     _tag = "CAT"
+    _gathers = True
 
     def __init__(self, *modules: Any, dim: int = 0) -> None:
         super().__init__(*modules)
         self.dim = dim
 
-    def _fold(self, folded: Any, output: Any) -> Any:
-        if output is None:
-            return folded
-        return [output] if folded is None else [*folded, output]
-
-    def _result(self, folded: Any) -> Tensor:
-        return torch.cat(folded or [], dim=self.dim)
+    def _result(self, folded: list[Any]) -> Tensor:
+        return torch.cat([output for output in folded if output is not None], dim=self.dim)
 
 
 class Matmul(_Branches):

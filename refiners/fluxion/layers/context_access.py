@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from refiners.errors import ContextError
-from refiners.fluxion.context import ContextProvider, find_provider
+from refiners.fluxion.context import Context, ContextProvider, find_place
 from refiners.fluxion.layers.module import ContextModule, FunctionModule
 
 
@@ -18,11 +18,13 @@ class _ContextAccess(FunctionModule, ContextModule):
         self.context = context
         self.key = key
 
-    def _provider(self) -> ContextProvider:
-        provider = find_provider(self.parent, self.context, self.key)
-        if provider is None:
+    def _place(self) -> tuple[ContextProvider, Context]:
+        """Who holds the value, and the live context that it is in."""
+        link = self._parent
+        place = None if link is None else find_place(link(), self.context, self.key)
+        if place is None:
             raise ContextError(self._explain_missing_context(self.context))
-        return provider
+        return place
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(context={self.context!r}, key={self.key!r})"
@@ -51,7 +53,8 @@ class UseContext(_ContextAccess):
         return self
 
     def forward(self, *args: Any) -> Any:
-        value = self._provider().values[self.context].get(self.key)
+        _, context = self._place()
+        value = context.get(self.key)
         if value is None:
             raise ContextError(self._explain_unset())
         return value if self.func is None else self.func(value)
@@ -88,11 +91,10 @@ class SetContext(_ContextAccess):
         self.callback = callback
 
     def forward(self, x: Any) -> Any:
-        provider = self._provider()
+        provider, context = self._place()
         if self.callback is None:
             provider.write_from_below(self.context, self.key, x)
             return x
-        context = provider.values[self.context]
         if self.key not in context:
             raise ContextError(
                 f'Context "{self.context}.{self.key}" is unset, so {self.get_path()} has no value to change. '

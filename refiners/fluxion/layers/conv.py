@@ -4,7 +4,7 @@ The constructors keep torch's meaning under the names Refiners uses: `use_bias` 
 for the same number on both axes; torch stores pairs, so pairs are what the tree shows.
 """
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -59,6 +59,14 @@ class Conv2d(torch.nn.Conv2d, WeightedModule):
         """Draw new weights, as torch does; on the meta device there is nothing to draw."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
+        own: dict[str, Any] = self._parameters  # see WeightedModule
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            return super().forward(input)
+        return self._conv_forward(input, weight, bias)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d, WeightedModule):

@@ -5,8 +5,8 @@ back, so that a failing injection of many adapters leaves the tree as it was.
 """
 
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 
 class _Journal(threading.local):
@@ -31,21 +31,28 @@ def at_end(act: Callable[[], None]) -> None:
         _journal.endings.append(act)
 
 
-@contextmanager
-def transaction() -> Generator[None]:
+def transaction() -> AbstractContextManager[None]:
     """Undo all edits made inside, newest first, if an exception leaves it. Inner transactions join the outer one."""
-    if _journal.undos is not None:
-        yield
-        return
-    _journal.undos, _journal.endings = [], []
-    try:
-        yield
-        for act in _journal.endings:
-            act()
-    except BaseException:
-        undos, _journal.undos = _journal.undos, None
-        for undo in reversed(undos):
-            undo()
-        raise
-    finally:
-        _journal.undos = _journal.endings = None
+    return _Transaction() if _journal.undos is None else _JOINED
+
+
+class _Transaction(AbstractContextManager[None]):
+    def __enter__(self) -> None:
+        _journal.undos, _journal.endings = [], []
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        endings, is_done = _journal.endings or [], False
+        try:
+            if error is None:
+                for act in endings:
+                    act()
+                is_done = True
+        finally:
+            undos, _journal.undos = _journal.undos or [], None
+            if not is_done:
+                for undo in reversed(undos):
+                    undo()
+            _journal.endings = None
+
+
+_JOINED = nullcontext()

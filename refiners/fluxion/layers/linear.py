@@ -1,9 +1,10 @@
 """Linear layers: y = x·Wᵀ + b on the last axis."""
 
 from itertools import pairwise
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
+from torch.nn import functional
 
 from refiners.errors import InputError
 from refiners.fluxion.layers.activations import ReLU
@@ -26,8 +27,6 @@ class Linear(torch.nn.Linear, WeightedModule):
         torch.Size([2, 128])
     """
 
-    # `forward` is torch's own on purpose: one more Python call per layer is what a Chain must not cost.
-
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **factory: Unpack[Factory]) -> None:
         super().__init__(in_features, out_features, bias, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
 
@@ -35,6 +34,14 @@ class Linear(torch.nn.Linear, WeightedModule):
         """Draw new weights, as torch does; on the meta device there is nothing to draw."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
+        own: dict[str, Any] = self._parameters  # see WeightedModule
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            return super().forward(input)
+        return functional.linear(input, weight, bias)
 
 
 class MultiLinear(Chain):

@@ -173,10 +173,10 @@ class ContextModule(Module):
     def get_parents(self) -> "list[Chain]":
         """The Chains above this module, the nearest first."""
         parents: list[Chain] = []
-        parent = self.parent
-        while parent is not None:
+        link = self._parent
+        while link is not None and (parent := link()) is not None:
             parents.append(parent)
-            parent = parent.parent
+            link = parent._parent
         return parents
 
     @property
@@ -244,7 +244,12 @@ class ContextModule(Module):
 
 
 class WeightedModule(Module):
-    """A leaf with a weight. Its first relative in a Chain gives the Chain its device and dtype."""
+    """A leaf with a weight. Its first relative in a Chain gives the Chain its device and dtype.
+
+    To torch, `self.weight` is a search that ends in a call of Python. The leaves that a model has by the hundred take
+    their weights from `_parameters` instead. Where they are not there, since they are parametrized, pruned or sharded,
+    torch's own `forward` runs.
+    """
 
     @property
     def device(self) -> torch.device:

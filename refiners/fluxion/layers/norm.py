@@ -8,12 +8,13 @@
 | `InstanceNorm2d` | each channel with all its pixels; it has no weights |
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import has_torch_function_variadic
 
 from refiners.fluxion.layers.factory import Factory
 from refiners.fluxion.layers.module import Module, WeightedModule
@@ -35,6 +36,16 @@ class LayerNorm(torch.nn.LayerNorm, WeightedModule):
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps=eps, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
 
+    def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
+        own: dict[str, Any] = self._parameters  # see WeightedModule
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            return super().forward(input)
+        if has_torch_function_variadic(input, weight, bias):
+            return super().forward(input)
+        return torch.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
 
 class GroupNorm(torch.nn.GroupNorm, WeightedModule):
     """Normalises over groups of channels. Weights and numerics are those of `torch.nn.GroupNorm`.
@@ -51,6 +62,17 @@ class GroupNorm(torch.nn.GroupNorm, WeightedModule):
     def __init__(self, channels: int, num_groups: int, eps: float = 1e-5, **factory: Unpack[Factory]) -> None:
         super().__init__(num_groups, channels, eps=eps, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
         self.channels = channels
+
+    def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
+        own: dict[str, Any] = self._parameters  # see WeightedModule
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            return super().forward(input)
+        # A single value has no variance, which torch explains.
+        if has_torch_function_variadic(input, weight, bias) or input.numel() == self.num_groups:
+            return super().forward(input)
+        return torch.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 class LayerNorm2d(WeightedModule):

@@ -5,8 +5,8 @@ this file, and no other, reads the private ones.
 """
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 
-import torch
-from torch import nn
+from torch import compiler, nn
+from torch._C import _get_tracing_state
 from torch.autograd import profiler
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import _StopRecomputationError
@@ -24,6 +24,7 @@ def calls_are_observed() -> bool:
     """Whether somebody watches calls of modules, so that each must go through `Module.__call__`.
 
     Otherwise a Chain calls `forward` of its children directly, as `Module.__call__` itself does when there is no hook.
+    Each Chain asks in each forward, so this calls as little as it can: `_is_compiling_flag` is `is_compiling()`.
     """
     return bool(
         torch_module._global_forward_pre_hooks
@@ -32,6 +33,6 @@ def calls_are_observed() -> bool:
         or torch_module._global_backward_hooks
         or nn.Module.__call__ is not MODULE_CALL
         or profiler._is_profiler_enabled
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
+        or compiler._is_compiling_flag
+        or _get_tracing_state()
     )

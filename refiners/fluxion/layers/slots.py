@@ -52,6 +52,8 @@ class Slots(ContextModule):
     _names_are_stale: ClassVar[bool] = False
     # Whether every child may be called through its `forward`, since none has a `__call__` of its own.
     _children_are_plain: ClassVar[bool] = True
+    # Whether any child may hold others.
+    _holds_nodes: ClassVar[bool] = False
 
     def __init__(self, *modules: Any) -> None:
         super().__init__()
@@ -111,6 +113,8 @@ class Slots(ContextModule):
         holdings: dict[int, _Holding] = self.__dict__["_holdings"]
         if type(module).__call__ is not MODULE_CALL:
             self.__dict__["_children_are_plain"] = False
+        if isinstance(module, Slots):
+            self.__dict__["_holds_nodes"] = True
         if not isinstance(module, ContextModule) and id(module) not in holdings:
             holding = holdings[id(module)] = _Holding(module)
             holding.branch = ref(self)

@@ -19,8 +19,12 @@ from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.combinators import Sum
 from refiners.fluxion.layers.failure import chain_error
 from refiners.fluxion.layers.journal import note_undo, transaction
+from refiners.fluxion.layers.linear import Linear
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.observation import PASS_THROUGH, calls_are_observed
+
+# What computes a tensor that nobody else holds.
+_PLAIN_LINEAR = (nn.Linear.forward, Linear.forward)
 
 
 class LoraAdapter(Sum, Adapter[nn.Module]):
@@ -94,7 +98,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                     total = self._fold(total, call(*args))
                     dtype = dtype or total.dtype
                     # What a plain Linear has just computed, and no hook has seen.
-                    is_new = call is not layer and cast(Any, type(layer)).forward is nn.Linear.forward
+                    is_new = call is not layer and cast(Any, type(layer)).forward in _PLAIN_LINEAR
             layer = None
             return total if total.dtype == dtype else total.to(dtype)
         except PASS_THROUGH:

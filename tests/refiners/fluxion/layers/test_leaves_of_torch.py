@@ -1,10 +1,16 @@
 """The leaves that are torch's own layers under our names: same bits, same weights, and a line in the tree."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType] (torch has no stubs here)
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from refiners.errors import InputError
 from refiners.fluxion.layers.activations import ReLU
@@ -190,7 +196,112 @@ def test_the_leaves_with_weights_are_weighted_modules() -> None:
     assert all(issubclass(leaf, Module) for leaf in others)
 
 
-def test_leaves_of_torch_add_no_call_of_their_own_to_a_forward() -> None:
-    assert Linear.forward is nn.Linear.forward
-    assert Conv2d.forward is nn.Conv2d.forward
-    assert LayerNorm.forward is nn.LayerNorm.forward
+# --- the leaves that read their weights past torch's `__getattr__` ---------------------------------------------------
+
+QUICK: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: Linear(4, 3), lambda: nn.Linear(4, 3), (2, 5, 4)),
+    "Conv2d": (lambda: Conv2d(4, 6, 3), lambda: nn.Conv2d(4, 6, 3), IMAGE),
+    "LayerNorm": (lambda: LayerNorm(4), lambda: nn.LayerNorm(4), (2, 5, 4)),
+    "GroupNorm": (lambda: GroupNorm(4, 2), lambda: nn.GroupNorm(2, 4), IMAGE),
+}
+quick = pytest.mark.parametrize(("ours", "theirs", "shape"), QUICK.values(), ids=QUICK.keys())
+
+
+def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    with torch.no_grad():
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.copy_(other.normal_())
+
+
+def python_calls(layer: nn.Module, x: Tensor) -> int:
+    def note(_frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    calls = 0
+    sys.setprofile(note)
+    try:
+        layer.forward(x)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@quick
+def test_a_forward_makes_fewer_calls_of_python_than_that_of_torch(
+    ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape)
+    assert python_calls(ours(), x) < python_calls(theirs(), x)
+
+
+@quick
+def test_a_weight_that_is_no_parameter_any_more_is_found(
+    ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    mine, other = ours(), theirs()
+    same_weights(mine, other)
+    x = torch.randn(shape)
+    weight = 2 * other.weight.detach()
+    for layer in (mine, other):
+        del layer.weight
+        layer.weight = weight
+    assert "weight" not in mine._parameters
+    assert torch.equal(mine(x), other(x))
+
+
+@quick
+def test_a_parametrized_weight_is_computed_anew_in_each_forward(
+    ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    mine, other = ours(), theirs()
+    same_weights(mine, other)
+    for layer in (mine, other):
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    x = torch.randn(shape)
+    assert torch.equal(mine(x), other(x))
+    for layer in (mine, other):
+        parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(mine(x), other(x))
+
+
+@quick
+def test_weights_that_are_lent_for_a_call_or_replaced_are_used(
+    ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    mine, other = ours(), theirs()
+    same_weights(mine, other)
+    x = torch.randn(shape)
+    lent = {name: value.detach() + 1 for name, value in other.named_parameters()}
+    assert torch.equal(functional_call(mine, lent, (x,)), functional_call(other, lent, (x,)))
+    for layer in (mine, other):
+        layer.weight = nn.Parameter(lent["weight"])
+        layer.bias = None
+    assert torch.equal(mine(x), other(x))
+
+
+@quick
+def test_who_watches_functions_sees_those_of_torch(
+    ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    def functions(layer: nn.Module) -> list[Any]:
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        seen: list[Any] = []
+        with Watch():
+            layer(torch.zeros(shape))
+        return seen
+
+    assert functions(ours()) == functions(theirs())
+
+
+def test_a_group_of_one_value_has_no_variance() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        GroupNorm(4, 4)(torch.zeros(1, 4, 1, 1))
