@@ -188,6 +188,8 @@ LAYERS = Case(
         {name: f"Conv2d_{i + 1}" for i, name in enumerate(NAMES[:5])} | {"first": "Linear_1", "second": "Linear_2"}
     ),
     inputs=lambda generator: {"x": torch.randn(2, 3, 12, 10, generator=generator)},
+    batch_axis={"x": 0},
+    without_cells={"padded": "pixels are not padded"},
     run_upstream=lambda model, inputs: {"y": model(inputs["x"])},
     run_port=lambda model, inputs: {"y": model(inputs["x"])},
 )

@@ -111,9 +111,8 @@ def five_steps(parameters: Any, loss_of: Callable[[], Tensor]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_five_steps_of_adamw_are_those_of_peft(dtype: torch.dtype) -> None:
-    pair = Pair(dtype)
+def test_five_steps_of_adamw_are_those_of_peft() -> None:
+    pair = Pair(torch.float64)
     with trainable(pair.loras) as training:
         losses = five_steps(training.parameters(), pair.port_loss)
     expected = five_steps(pair.upstream_parameters, pair.upstream_loss)
@@ -159,9 +158,9 @@ def test_gradients_of_a_way_to_train_are_those_of_peft(way: str) -> None:
 
 def test_what_was_trained_here_predicts_the_same_in_peft(tmp_path: Path) -> None:
     model, tokenizer = train_lora.load()
-    task = train_lora.read_task(tokenizer, at_most=3)
+    task = train_lora.read_task(tokenizer, at_most=2)
     before = task.predict(model)
-    loras = train_lora.train(model, task, steps=3)
+    loras = train_lora.train(model, task, steps=2)
     after = task.predict(model)
     write_loras(tmp_path, loras.specs(), model, layout="peft")
     upstream = UpstreamEncoder(PeftModel.from_pretrained(theirs(torch.float32), str(tmp_path)).eval())

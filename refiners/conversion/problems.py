@@ -17,7 +17,7 @@ _TITLES: Mapping[Kind, str] = {
     "twice": "twice: keys that are given, or would be filled, more than once",
     "ambiguous": "ambiguous: keys that several lines of the key map cover equally well",
     "incomplete": "incomplete: tensors that are joined, of which a part is not there",
-    "value": "value: tensors whose bytes are not those that the key map relies on",
+    "value": "value: tensors that hold other values than they may",
 }
 _SHOWN = 12
 
@@ -38,6 +38,15 @@ class Problems:
     def add(self, kind: Kind, key: str, text: str) -> None:
         """Adds what is wrong with a key; what was said of the same key first stays."""
         self.lines.setdefault(kind, {}).setdefault(key, text)
+
+    def update(self, others: "Problems") -> None:
+        """Adds all of these."""
+        for kind, lines in others.lines.items():
+            for key, text in lines.items():
+                self.add(kind, key, text)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.lines.values()))
 
     def keys(self, kind: Kind) -> list[str]:
         """The keys that have a problem of this kind."""

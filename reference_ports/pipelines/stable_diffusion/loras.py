@@ -136,7 +136,7 @@ def load_loras(
         ConversionError: it does not fit the model. Lists all, and says which model it looks made for.
         AdapterError: the model has LoRAs of that name already, or these would change nothing.
     """
-    file = source if isinstance(source, LoraFile) else read_loras(source)
+    file = source if isinstance(source, LoraFile) else read_loras(source, strict=False)
     trees = {part: getattr(model, part) for part in PARTS if isinstance(getattr(model, part, None), nn.Module)}
     specs = match_parts(file, trees, strict)
     changes = any(not spec.changes_nothing() for found in specs.values() for spec in found.values())
@@ -154,6 +154,8 @@ def match_parts(file: LoraFile, trees: Mapping[str, nn.Module], strict: bool = T
     Raises:
         ConversionError: something does not fit, or the model lacks a part that the file is for.
     """
+    if not file.entries:
+        file.problems.raise_if_any(f"{file.title} cannot be read as LoRAs", "Nothing was loaded.")
     parts = ("unet",) if file.parts == ("",) else file.parts
     absent = [part for part in parts if part not in trees]
     if absent and (strict or len(absent) == len(parts)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from refiners.conversion.header import Header
 from refiners.conversion.key_map import KeyMap
 from refiners.conversion.loras.peft_config import PeftConfig
+from refiners.conversion.problems import Problems
 from refiners.fluxion.adapters.lora.spec import DeltaSpec, is_finite
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class LoraFile:
         configs: what was read of configurations, by part.
         path: where it was read from.
         header: the header of the file, None if it was no file.
+        problems: what could not be read and is left out; empty unless it was read with `strict=False`.
     """
 
     layout: str
@@ -102,6 +104,7 @@ class LoraFile:
     configs: Mapping[str, PeftConfig] = field(default_factory=dict[str, PeftConfig])
     path: Path | None = None
     header: Header | None = None
+    problems: Problems = field(default_factory=Problems)
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -34,6 +34,11 @@ class LoraSpecs(dict[str, DeltaSpec]):
         self.entries: dict[str, LoraEntry] = {}
         self.configs: Mapping[str, PeftConfig] = {}
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What was left out, by its name in the file, and why."""
+        return {key: text for lines in self.problems.lines.values() for key, text in lines.items()}
+
 
 def specs_for(
     file: LoraFile,
@@ -58,8 +63,11 @@ def specs_for(
         ConversionError: names, shapes or values do not fit, or the file holds nothing for the model. Lists all.
     """
     names = names_of(model, key_map)
+    if not file.entries:
+        file.problems.raise_if_any(f"{file.title} cannot be read as LoRAs", "Nothing was loaded.")
     found = LoraSpecs()
     found.configs = file.configs
+    found.problems.update(file.problems)
     entries = file.of_part(_part(file, names, part))
     _check_methods(file, entries, set(methods))
     for entry in entries:
@@ -67,7 +75,7 @@ def specs_for(
     _report_missing(file, entries, names, found)
     if not strict or not found.problems:
         return found
-    found.problems.raise_if_any(f"{file.title} is no LoRA for {names.title}", _advice(file, entries, names))
+    found.problems.raise_if_any(f"{file.title} is no LoRA for {names.title}", _advice(file, found, names))
     return found
 
 
@@ -138,8 +146,8 @@ def _report_missing(file: LoraFile, entries: list[LoraEntry], names: LoraNames, 
             found.problems.add("missing", name, "is a target of the configuration, and the file holds nothing for it")
 
 
-def _advice(file: LoraFile, entries: list[LoraEntry], names: LoraNames) -> str:
-    looks = recognise(file)
+def _advice(file: LoraFile, found: LoraSpecs, names: LoraNames) -> str:
+    looks = "" if set(found.problems.lines) == {"value"} else recognise(file)
     if looks and looks != names.title:
         return f"It looks like a LoRA of {looks}. Nothing was loaded."
     return "Nothing was loaded. Check that it was trained on this model; strict=False leaves out what does not fit."

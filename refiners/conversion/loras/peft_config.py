@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from refiners.conversion.config import ConfigReader
 
@@ -23,10 +23,10 @@ _NEUTRAL = {
     "task_type": "names a class of transformers",
 }
 _TARGETING = {
-    "exclude_modules": "read to find the layers that the file should hold",
     "layers_pattern": "the layers are those that the file holds",
     "layers_to_transform": "the layers are those that the file holds",
 }
+_TARGETS = "names of layers, or a regular expression"
 _INIT = {
     "init_weights": _TRAINING,
     "rank_dropout": _TRAINING,
@@ -107,10 +107,11 @@ class PeftConfig:
         with ConfigReader(_without_empty(config), name, only=only, neutral=neutral) as read:
             read.choice("peft_type", _METHODS, "LORA")
             found = readers.get(method, _read_nothing)(read)
-            targets = read.value("target_modules", _is_targets, "names of layers, or a regular expression", None)
+            targets = read.value("target_modules", _is_targets, _TARGETS, None)
+            excluded = read.value("exclude_modules", _is_targets, _TARGETS, None)
         if targets == "all-linear":
             targets = None  # which these are, only the model tells
-        return cls(method, **found, targets=targets, excluded=config.get("exclude_modules"))
+        return cls(method, **found, targets=targets, excluded=excluded)
 
     def rank_of(self, name: str) -> int | None:
         """The rank of the layer of that name."""
@@ -163,13 +164,28 @@ def _read_nothing(read: ConfigReader) -> dict[str, Any]:
 def _patterns(read: ConfigReader) -> dict[str, Any]:
     names = ("rank_pattern", "alpha_pattern")
     return {
-        name: read.value(name, lambda value: value is None or isinstance(value, Mapping), "a mapping", {}, {}) or {}
+        name: read.value(name, _is_pattern, "a mapping of names, or regular expressions, to numbers", {}, {}) or {}
         for name in names
     }
 
 
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return value is None
+    pattern = cast(Mapping[Any, Any], value)
+    return all(_is_expression(end) and isinstance(number, int | float) for end, number in pattern.items())
+
+
 def _is_targets(value: Any) -> bool:
-    return value is None or isinstance(value, str | Sequence)
+    return value is None or (isinstance(value, Sequence) if not isinstance(value, str) else _is_expression(value))
+
+
+def _is_expression(text: Any) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True
 
 
 def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

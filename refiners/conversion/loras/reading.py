@@ -30,12 +30,16 @@ _FOLDERS = (WEIGHTS, "pytorch_lora_weights.safetensors")
 _ADVICE = "Nothing was loaded."
 
 
-def read_loras(source: Path | str | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> LoraFile:
+def read_loras(
+    source: Path | str | Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, strict: bool = True
+) -> LoraFile:
     """The adapters of a LoRA file, in the layout of diffusers, peft or kohya's scripts, which its keys tell.
 
     Receives:
         source: a safetensors file, a folder that peft or diffusers has written, or a state dict.
         config: the attributes of peft's adapter_config.json; by default those of the file beside the weights.
+        strict: False leaves out keys that are unknown, incomplete or given twice, and layers whose tensors are no pair.
+            They are told in `problems` of the file, and `specs_for` counts them among those that it finds itself.
 
     Raises:
         FileFormatError: the file is truncated, corrupted, a pickle or of another format.
@@ -50,7 +54,8 @@ def read_loras(source: Path | str | Mapping[str, Tensor], config: Mapping[str, A
         ('diffusers', ['fc'], 2)
     """
     if isinstance(source, Mapping):
-        return _Reader(source, {}, None, None, config).read()
+        _check_types(source)
+        return _Reader(source, {}, None, None, config).read(strict)
     path = _find(Path(source))
     header = read_header(path)
     tensors = load_from_safetensors(path)
@@ -58,7 +63,15 @@ def read_loras(source: Path | str | Mapping[str, Tensor], config: Mapping[str, A
     if config is None and beside.is_file() and any(key.startswith(PEFT_PREFIX) for key in tensors):
         config = read_config(beside)
     # In the order of the header, which is the order of the bytes.
-    return _Reader({key: tensors[key] for key in header.places}, header.metadata, path, header, config).read()
+    return _Reader({key: tensors[key] for key in header.places}, header.metadata, path, header, config).read(strict)
+
+
+def _check_types(source: Mapping[Any, Any]) -> None:
+    wrong = [key for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
+    if wrong:
+        raise FileFormatError(
+            f"The state dict holds {len(wrong)} entries that are no name and tensor, as {wrong[0]!r}."
+        )
 
 
 def _find(path: Path) -> Path:
@@ -89,9 +102,11 @@ class _Reader:
         self.header = header
         self.config = config
         self.problems = Problems()
+        # Names of layers of which something cannot be understood.
+        self.doubtful: set[str] = set()
         self.title = "The state dict" if path is None else str(path)
 
-    def read(self) -> LoraFile:
+    def read(self, strict: bool) -> LoraFile:
         layout = self._layout()
         keys = read_keys(self.tensors, layout)
         configs = self._configs()
@@ -100,10 +115,13 @@ class _Reader:
             self._place(key, groups)
         entries: dict[str, LoraEntry] = {}
         for (prefix, module), roles in groups.items():
+            before = len(self.problems)
             entry = self._entry(prefix, module, roles, configs, layout)
-            entries[entry.name] = entry
-        self.problems.raise_if_any(f"{self.title} cannot be read as LoRAs", _ADVICE)
-        return LoraFile(layout, entries, self.metadata, self.config, configs, self.path, self.header)
+            if len(self.problems) == before and entry.name not in self.doubtful:
+                entries[entry.name] = entry
+        if strict:
+            self.problems.raise_if_any(f"{self.title} cannot be read as LoRAs", _ADVICE)
+        return LoraFile(layout, entries, self.metadata, self.config, configs, self.path, self.header, self.problems)
 
     def _layout(self) -> str:
         layouts = layouts_of(self.tensors)
@@ -139,10 +157,13 @@ class _Reader:
         if not key.role:
             what = strange_end(key.text) or "no tensor of a LoRA ends like this"
             self.problems.add("unexpected", key.text, what)
+            segments = key.text.split(".")
+            self.doubtful.update(".".join(segments[:count]) for count in range(1, len(segments)))
             return
         roles = groups.setdefault((key.prefix, key.module), {})
         if key.role in roles:
             self.problems.add("twice", key.text, f"is another spelling of {roles[key.role].text!r}, which is there too")
+            self.doubtful.add(key.prefix + key.module)
             return
         roles[key.role] = key
 

@@ -81,7 +81,9 @@ def write_file(path: Path | str, file: LoraFile, overwrite: bool = False) -> Non
 
     Raises:
         FileFormatError: the path is there already, or cannot be written to.
+        ConversionError: the file was read with `strict=False`, and something of it is left out.
     """
+    file.problems.raise_if_any(f"{file.title} was not read as a whole", "Nothing was written.")
     if file.layout != "peft" or file.config is None:
         write_as_library(path, file.tensors, file.metadata, file.header, overwrite)
         return

@@ -65,7 +65,7 @@ class Adapter(Generic[T]):
         AdapterTypeError: (an AssertionError) A subclass is no Chain.
     """
 
-    # Whether it computes with the parameters of its target instead of calling it; then nothing can stand between the two.
+    # Whether it computes with the parameters of its target instead of calling it: nothing can stand between the two.
     uses_parameters_of_target: ClassVar[bool] = False
 
     _target: Any = None

@@ -132,12 +132,17 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                 dtype = dtype or total.dtype
         return total if total.dtype == dtype else total.to(dtype)
 
-    def _runs_alone(self, delta: Delta[Any]) -> bool:
+    def _runs_alone(self, delta: Any) -> bool:
         """Whether a LoRA that is fused is not fused here, but in a structural copy of this adapter."""
         switch = delta.switch
         if not switch.enabled or switch.merged or not switch.fused:
             return False
-        return not any(isinstance(module, FusedLoras) and module.has(delta) for module in self)
+        for module in reversed(self.__dict__["_modules"].values()):
+            if type(module) is not FusedLoras:
+                break  # what is fused stands behind all else
+            if module.has(delta):
+                return False
+        return True
 
     def add(self, total: Tensor, delta: Delta[Any], inputs: tuple[Any, ...]) -> Tensor:
         """Add what one LoRA makes of inputs to what is there so far."""

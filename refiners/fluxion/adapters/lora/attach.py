@@ -17,7 +17,6 @@ from refiners.fluxion.adapters.lora.base import Lora
 from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.weights import base_children, base_of
 from refiners.fluxion.layers.adapter import Adapter
-from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.journal import transaction
 from refiners.fluxion.layers.module import ContextModule

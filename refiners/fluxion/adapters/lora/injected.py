@@ -41,7 +41,7 @@ Pattern = Mapping[Selection[Any] | str, Any]
 class HasSpecs(Protocol):
     """What knows the specs for a model, such as a file of LoRAs."""
 
-    def specs_for(self, model: nn.Module, /) -> Specs: ...
+    def specs_for(self, model: nn.Module, /, *, strict: bool = True) -> Specs: ...
 
 
 class _Planned(NamedTuple):
@@ -174,7 +174,7 @@ def _inject_specs(
     fused: bool = False,
     **factory: Unpack[Factory],
 ) -> LoraSet:
-    specs = specs.specs_for(model) if isinstance(specs, HasSpecs) else specs
+    specs = specs.specs_for(model, strict=strict) if isinstance(specs, HasSpecs) else specs
     problems = _Problems(f"{name!r} cannot be injected into {_short(model)}", model)
     base = dict(named_base_modules(model))
     plan: dict[int, _Planned] = {}
@@ -204,7 +204,7 @@ def _inject_specs(
         problems.check()
         _check_changes(name, model, specs, left_out, allow_no_change)
         loras = _put(model, name, list(plan.values()), fused)
-    loras.left_out = left_out
+    loras.left_out = {**getattr(specs, "left_out", {}), **left_out}
     return loras
 
 

@@ -90,7 +90,9 @@ class DeltaSpec:
             for role, tensor in self.tensors.items()
             if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
         ]
-        return problems + self._shape_problems()
+        sizes = {role: list(tensor.shape) for role, tensor in self.tensors.items() if not tensor.numel()}
+        empty = [f"{role} {size} holds no values" for role, size in sizes.items()]
+        return problems + (empty or self._shape_problems())
 
     def _shape_problems(self) -> list[str]:
         problems: list[str] = []

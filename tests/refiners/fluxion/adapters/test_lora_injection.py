@@ -113,7 +113,7 @@ def test_a_tree_on_meta_takes_specs_too() -> None:
 
 def test_what_knows_its_specs_for_a_model_is_taken_as_well() -> None:
     class File:
-        def specs_for(self, tree: nn.Module, /) -> dict[str, DeltaSpec]:
+        def specs_for(self, tree: nn.Module, /, *, strict: bool = True) -> dict[str, DeltaSpec]:
             return {"Linear": spec(out_dim=tree[2].out_features)}
 
     assert inject_loras(model(), File(), name="a").paths == ("Linear",)
