@@ -19,35 +19,35 @@ from refiners.parity.selection import Part, choose, digests_of
 from refiners.parity.shards import Shard
 
 FILES = {
-    "theirs/__init__.py": "from importlib import import_module\n\ndef load(name):\n    return import_module(name)\n",
-    "theirs/cases/__init__.py": "",
-    "theirs/cases/one.py": """
+    "strangers/__init__.py": "from importlib import import_module\n\ndef load(name):\n    return import_module(name)\n",
+    "strangers/cases/__init__.py": "",
+    "strangers/cases/one.py": """
 from typing import TYPE_CHECKING
 import torch
-from theirs import helpers
-from theirs.ports.first import Port
+from strangers import helpers
+from strangers.ports.first import Port
 from tests.refiners.parity.toys import make_case
 if TYPE_CHECKING:
-    from theirs import types_only
+    from strangers import types_only
 def late():
-    from theirs import imported_late
+    from strangers import imported_late
 DATA = "words.txt"
 CASES = [make_case(Port, id="one/tiny")]
 """,
-    "theirs/cases/two.py": """
-from theirs.ports.second import Port
+    "strangers/cases/two.py": """
+from strangers.ports.second import Port
 from tests.refiners.parity.toys import make_case
 CASES = [make_case(Port, id="two/tiny")]
 """,
-    "theirs/cases/words.txt": "a b c",
-    "theirs/helpers.py": "",
-    "theirs/imported_late.py": "",
-    "theirs/types_only.py": "",
-    "theirs/unrelated.py": "",
-    "theirs/ports/__init__.py": "",
-    "theirs/ports/first.py": "from .shared import Shared\nclass Port(Shared): pass\n",
-    "theirs/ports/second.py": "from theirs.ports.shared import Shared\nclass Port(Shared): pass\n",
-    "theirs/ports/shared.py": "from tests.refiners.parity.toys import Port as Shared\n",
+    "strangers/cases/words.txt": "a b c",
+    "strangers/helpers.py": "",
+    "strangers/imported_late.py": "",
+    "strangers/types_only.py": "",
+    "strangers/unrelated.py": "",
+    "strangers/ports/__init__.py": "",
+    "strangers/ports/first.py": "from .shared import Shared\nclass Port(Shared): pass\n",
+    "strangers/ports/second.py": "from strangers.ports.shared import Shared\nclass Port(Shared): pass\n",
+    "strangers/ports/shared.py": "from tests.refiners.parity.toys import Port as Shared\n",
 }
 ALL = {"one/tiny", "two/tiny"}
 
@@ -61,12 +61,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "theirs"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "strangers"]:
         del sys.modules[name]
 
 
 def digests(*lines: Line) -> dict[str, str]:
-    registry = collect_cases("theirs.cases")
+    registry = collect_cases("strangers.cases")
     assert registry.problems == ()
     return digests_of(registry.cases, registry, Ledger(lines))
 
@@ -96,23 +96,23 @@ def changes_of(change: Callable[[], Any]) -> set[str]:
     ],
 )
 def test_a_changed_file_changes_the_cases_that_reach_it(project: Path, file: str, cases: set[str]) -> None:
-    path = project / "theirs" / file
+    path = project / "strangers" / file
     assert changes_of(lambda: path.write_text(f"{path.read_text()}\n# changed\n")) == cases
 
 
 def test_what_a_package_would_import_by_name_counts_once_it_is_used(project: Path) -> None:
-    """`from theirs import load` could load any module of the package; reaching one of its modules could not."""
-    path = project / "theirs" / "cases" / "two.py"
-    path.write_text(f"from theirs import load\n{path.read_text()}")
-    sys.modules.pop("theirs.cases.two", None)
-    unrelated = project / "theirs" / "unrelated.py"
+    """`from strangers import load` could load any module of the package; reaching one of its modules could not."""
+    path = project / "strangers" / "cases" / "two.py"
+    path.write_text(f"from strangers import load\n{path.read_text()}")
+    sys.modules.pop("strangers.cases.two", None)
+    unrelated = project / "strangers" / "unrelated.py"
     assert changes_of(lambda: unrelated.write_text("changed = 1\n")) == {"two/tiny"}
 
 
 def test_a_module_named_in_a_string_counts(project: Path) -> None:
-    path = project / "theirs" / "cases" / "two.py"
-    path.write_text(f"{path.read_text()}\nNAME = 'theirs.unrelated'\n")
-    unrelated = project / "theirs" / "unrelated.py"
+    path = project / "strangers" / "cases" / "two.py"
+    path.write_text(f"{path.read_text()}\nNAME = 'strangers.unrelated'\n")
+    unrelated = project / "strangers" / "unrelated.py"
     assert changes_of(lambda: unrelated.write_text("changed = 1\n")) == {"two/tiny"}
 
 
@@ -128,7 +128,7 @@ def test_another_version_of_a_package_changes_the_cases_that_reach_it(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
-        path = project / "theirs" / "cases" / f"{name}.py"
+        path = project / "strangers" / "cases" / f"{name}.py"
         path.write_text(f"UPSTREAM = '{'packaging' if name == 'two' else 'words.txt'}'\n{path.read_text()}")
     real = importlib.metadata.distribution
 
@@ -141,7 +141,7 @@ def test_another_version_of_a_package_changes_the_cases_that_reach_it(
     def move() -> None:
         monkeypatch.setattr(importlib.metadata, "distribution", distribution)
 
-    reached = Sources().reach(["theirs.cases.one"])
+    reached = Sources().reach(["strangers.cases.one"])
     assert "packaging" not in reached.packages
     before, _ = digests(), move()
     after = digests()
@@ -166,13 +166,13 @@ def test_a_line_of_the_ledger_changes_its_case() -> None:
 
 
 def test_a_module_that_cannot_be_parsed_reaches_nothing(project: Path) -> None:
-    (project / "theirs" / "broken.py").write_text("def (")
-    found = Sources().reach(["theirs.broken", "theirs.absent", "not a name"])
+    (project / "strangers" / "broken.py").write_text("def (")
+    found = Sources().reach(["strangers.broken", "strangers.absent", "not a name"])
     assert {path.name for path in found.files} == {"__init__.py", "broken.py"}
 
 
 def test_installed_packages_are_not_followed() -> None:
-    found = Sources().reach(["theirs.cases.one"], stop=["tests"])
+    found = Sources().reach(["strangers.cases.one"], stop=["tests"])
     assert "torch" in found.packages
     assert not any("site-packages" in str(path) for path in found.files)
     assert "importlib" not in found.packages
@@ -216,11 +216,11 @@ def test_what_has_no_digest_always_runs(project: Path) -> None:
 
 def test_a_digest_is_the_same_in_another_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record of one machine of CI is of use to the next."""
-    before = Digests().of_modules(["theirs.cases.two"])
+    before = Digests().of_modules(["strangers.cases.two"])
     moved = project.with_name("moved")
     project.rename(moved)
     monkeypatch.chdir(moved)
     monkeypatch.syspath_prepend(moved)
-    assert closure.Sources().reach(["theirs.cases.two"]).files
-    assert Digests().of_modules(["theirs.cases.two"]) == before
+    assert closure.Sources().reach(["strangers.cases.two"]).files
+    assert Digests().of_modules(["strangers.cases.two"]) == before
     moved.rename(project)
