@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from refiners.parity import edits, flow, hypotheses
+from refiners.parity import causes, edits, flow, hypotheses
 from refiners.parity.edits import Hypothesis
 from refiners.parity.leaves import Pairing
 from refiners.parity.localise import Finding
 from refiners.parity.modules import own_state
 from refiners.parity.operations import Operation, Trace
+from refiners.parity.replay import Program, can_run, needed
 from refiners.parity.teacher import Point, Run, Teacher
+from refiners.parity.trace import record
 from refiners.parity.weight_faults import how_weights_differ
 
 MOST_PIECES = 6
+MOST_PLACES = 6
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Session:
     upstream_trace: Trace
     port_trace: Trace
     deadline: float
+    run_upstream: Run | None = None
     _disagreeing: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
 
     def points(self) -> list[Point]:
@@ -47,6 +51,47 @@ class Session:
         with self.teacher.forcing(self.port, self.pairing, points):
             outputs = dict(self.run_port())
         return points + self.teacher.judge(outputs)
+
+    def programs(self, finding: Finding) -> tuple[Program, Program] | None:
+        """How the port and upstream make the value that differs, ready to be run again; None where they cannot be."""
+        ours, theirs = finding.port_region, finding.region
+        if finding.actual is None or finding.expected is None or self.run_upstream is None:
+            return None
+        if not (ours or theirs) or finding.actual < 0 or not can_run((*ours, *theirs)):
+            return None
+        wanted = needed(ours, finding.actual) | needed(theirs, finding.expected) | {finding.expected}
+        kept: dict[int, Tensor] = {}
+        record(self.upstream, self.run_upstream, self.teacher.values, read_views=True, keep=wanted, kept=kept)
+
+        def forced() -> Mapping[str, Tensor]:
+            with self.teacher.forcing(self.port, self.pairing, []):
+                return self.run_port()
+
+        record(
+            self.port,
+            forced,
+            self.teacher.values,
+            read_views=True,
+            keep={*wanted, finding.actual} - kept.keys(),
+            kept=kept,
+        )
+        learnt = frozenset(number for model in (self.port, self.upstream) for number, _ in self._parameters(model))
+        made: list[Program] = []
+        for model, trace, operations, root in (
+            (self.port, self.port_trace, ours, finding.actual),
+            (self.upstream, self.upstream_trace, theirs, finding.expected),
+        ):
+            given = {number: kept[number] for number in needed(operations, root)}
+            names = dict(self._held(model))
+            made.append(Program(trace, operations, root, given, names, learnt, kept.get(root)))
+        return made[0], made[1]
+
+    def _parameters(self, model: nn.Module) -> Iterator[tuple[int, str]]:
+        return ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_parameters())
+
+    def _held(self, model: nn.Module) -> Iterator[tuple[int, str]]:
+        yield from self._parameters(model)
+        yield from ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_buffers())
 
     def upstream_modules(self) -> set[str]:
         """Paths of the port whose upstream module runs as often."""
@@ -76,6 +121,15 @@ class Session:
         )
 
 
+def beyond_rounding(finding: Finding, session: Session) -> Finding:
+    """The first place of a node that differs by more than the rounding of float32, if there is one."""
+    for place in (finding, *finding.others)[:MOST_PLACES]:
+        programs = None if place.is_leaf else _programs(place, session)
+        if programs is None or not causes.is_rounding_of_float32(*programs):
+            return place
+    return finding
+
+
 def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     """What would make the port equal at a finding.
 
@@ -95,7 +149,9 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
             return "", False
         if _holds(hypothesis, finding, check):
             return hypothesis.text, True
-    return _by_data_flow(finding, session), False
+    programs = _programs(finding, session)
+    told = _repeated(finding, session) or (causes.why(*programs, session.deadline) if programs else "")
+    return told or _by_data_flow(finding, session), False
 
 
 def _check_of(finding: Finding, session: Session) -> Callable[[Finding], bool]:
@@ -185,7 +241,7 @@ def _operations(finding: Finding, session: Session, node: nn.Module) -> Iterator
         for theirs in finding.upstream_operations:
             if "→" in theirs.name:
                 continue
-            if "→" not in ours.name and set(theirs.inputs) <= set(ours.inputs):
+            if "→" not in ours.name and theirs.is_view <= ours.is_view and set(theirs.inputs) <= set(ours.inputs):
                 order = [ours.inputs.index(number) for number in theirs.inputs]
                 yield Hypothesis(flow.unlike(ours, theirs), edited(ours, edits.in_place_of(theirs, order)))
             if len(theirs.inputs) == 1 and theirs.inputs[0] in ours.inputs:
@@ -211,38 +267,44 @@ def _pieces(finding: Finding, session: Session) -> Iterator[Hypothesis]:
             yield Hypothesis(text, edits.operation(session.port, position, ours.function, edits.exchanged(a, b)))
 
 
-def _by_data_flow(finding: Finding, session: Session) -> str:
-    """What follows from values alone, when no edit of the node was found."""
+def _repeated(finding: Finding, session: Session) -> str:
+    """A node that runs too often: a leaf of it, or it, runs more often than upstream's does."""
     if finding.passed_on is not None:
-        return _out_of_order(finding, session) or _missing_operations(finding, finding.passed_on)
-    runs = sum(call.path == finding.port for call in session.port_trace.calls)
-    if runs > 1 and finding.port not in session.upstream_modules():
-        return f"when it runs fewer times than {runs}"
-    expected = set(finding.point.expected)
+        return ""
+    ours = Counter(call.path for call in session.port_trace.calls)
+    theirs = Counter(call.path for call in session.upstream_trace.calls)
+    path = finding.port
+    inside = [one for one in session.pairing if one == path or not path or one.startswith(f"{path}.")]
+    more = any(ours[one] > theirs[session.pairing[one]] > 0 for one in inside)
+    return f"when it runs fewer times than {ours[path]}" if more and ours[path] > 1 else ""
+
+
+def _programs(finding: Finding, session: Session) -> tuple[Program, Program] | None:
+    """The ways of both sides, run once; None where they cannot be."""
+    try:
+        programs = session.programs(finding)
+        return programs if programs and all(program.sketches for program in programs) else None
+    except Exception:  # a value that no operation reads or makes, or an operation that does not take float64
+        return None
+
+
+def _by_data_flow(finding: Finding, session: Session) -> str:
+    """What follows from values alone, when no edit of the node was found: only what they prove."""
+    if finding.passed_on is not None:
+        is_proved = finding.passed_on == finding.actual  # all that upstream does to it is missing
+        return _out_of_order(finding, session) or (_missing_operations(finding, finding.passed_on) if is_proved else "")
+    expected, actual = set(finding.point.expected), set(finding.point.actual)
     for ours in finding.port_operations:
-        if expected & set(ours.inputs):
+        if expected & set(ours.inputs) and actual & set(ours.outputs):
             return f"without {flow.told(ours)}{' (a residual too much)' if flow.is_residual(ours) else ''}"
-    layouts = flow.rope_layouts(finding)
-    return layouts or _of_operations(finding, session)
+    return _of_leaf(finding) if finding.is_leaf else ""
 
 
-def _of_operations(finding: Finding, session: Session) -> str:
-    """What follows from pairs of operations of both sides that read the same values."""
-    for ours in finding.port_operations:
-        for theirs in finding.upstream_operations:
-            if flow.extra(ours, theirs, session.port_trace):
-                return f"without {flow.told(ours)}"
-            if flow.lacking(ours, theirs, session.upstream_trace):
-                return f"when {flow.told(theirs)} comes before {flow.told(ours)}, as upstream at {theirs.source}"
-    pairs = [(a, b) for a in (*finding.port_operations, *finding.port_region) for b in finding.upstream_operations]
-    for ours, theirs in pairs:
-        is_view = "→" in f"{ours.name}{theirs.name}"
-        if ours.function is theirs.function and not is_view and (set(ours.inputs) & set(theirs.inputs)):
-            return flow.unlike(ours, theirs)
+def _of_leaf(finding: Finding) -> str:
+    """The first operation of a leaf that gives something else than upstream's does from the same values."""
     for ours, theirs in zip(finding.port_operations[:1], finding.upstream_operations[:1], strict=False):
-        alone = len(finding.port_operations) == len(finding.upstream_operations) == 1
-        if alone and set(ours.inputs) & set(theirs.inputs):
-            return f"{flow.unlike(ours, theirs)}, as upstream does at {theirs.source}"
+        if ours.function is theirs.function and ours.inputs == theirs.inputs and "→" not in f"{ours.name}{theirs.name}":
+            return flow.unlike(ours, theirs)
     return ""
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refiners.parity.again import command_of
 from refiners.parity.bits import same_bits
 from refiners.parity.case import Case
-from refiners.parity.diagnose import Session, diagnose
+from refiners.parity.diagnose import Session, beyond_rounding, diagnose
 from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
@@ -145,8 +146,7 @@ def explain_sides(
         seconds=seconds,
     )
     found.title = f"{case.id}[{lane.name}]"
-    device = "" if lane.device == "cpu" else f" --device {lane.device}"
-    found.command = f"refiners parity explain {case.id} --lanes {lane.dtype_name}{device}"
+    found.command = command_of(case, lane)
     return found
 
 
@@ -204,13 +204,31 @@ def explain_modules(
         upstream_trace=ours,
         port_trace=forced,
         deadline=started + seconds,
+        run_upstream=run_upstream,
     )
     session.start(points)
-    faults = _without_constants([Fault(finding, *diagnose(finding, session)) for finding in findings])
+    findings = [beyond_rounding(finding, session) if finding.others else finding for finding in findings]
+    faults = _told_once([Fault(finding, *diagnose(finding, session)) for finding in findings])
     explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
     explanation.notes += _notes(faults, free, ours, session)
     explanation.seconds = round(time.monotonic() - started, 3)
     return explanation
+
+
+def _told_once(faults: list[Fault]) -> list[Fault]:
+    """Of faults that show at one point for one reason, which follows from its values, the innermost is kept."""
+    reasons: dict[tuple[object, str], str] = {}
+    for fault in faults:
+        if fault.diagnosis and not fault.was_run:
+            key = fault.finding.point.place, fault.diagnosis
+            reasons[key] = max(reasons.get(key, ""), fault.finding.port, key=len)
+    kept = [
+        fault
+        for fault in faults
+        if fault.was_run
+        or reasons.get((fault.finding.point.place, fault.diagnosis), fault.finding.port) == fault.finding.port
+    ]
+    return _without_constants(kept)
 
 
 def _without_constants(faults: list[Fault]) -> list[Fault]:
@@ -227,9 +245,13 @@ def _without_constants(faults: list[Fault]) -> list[Fault]:
     return [
         fault
         for fault in faults
-        if not (is_constant(fault) and fault.diagnosis in ("", explained.get(fault.finding.point.place)))
+        if not (is_constant(fault) and _says_no_more(fault, explained.get(fault.finding.point.place)))
         or fault.finding.point.place not in explained
     ]
+
+
+def _says_no_more(fault: Fault, other: str | None) -> bool:
+    return not fault.was_run or fault.diagnosis in ("", other)
 
 
 def warmed_up(run_upstream: Run, run_port: Run, seed: int = 0) -> tuple[Run, Run]:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from refiners.parity.again import command_for
 from refiners.parity.case import Case
 from refiners.parity.depth import tell_with_depth
 from refiners.parity.explain import Explanation
 from refiners.parity.explained import try_to_explain
 from refiners.parity.lanes import DEVICES, DTYPES, Lane
-from refiners.parity.registry import DEFAULT_MODULES
 from refiners.parity.result import Result, Verdict
 from refiners.parity.runner import CaseRunner
 from refiners.parity.suite import Report
@@ -29,14 +29,6 @@ def explained(runner: CaseRunner, lane: Lane, *, seconds: float, modules: str = 
     if isinstance(found, Explanation):
         found.command = command_for(runner.case.id, modules, lane, verb)
     return found
-
-
-def command_for(case_id: str, modules: str, lane: Lane | None = None, verb: str = "show") -> str:
-    """What shows a case again."""
-    where = f" --cases {modules}" if modules not in ("", DEFAULT_MODULES) else ""
-    lanes = f" --lanes {lane.dtype_name}" if lane else ""
-    device = f" --device {lane.device}" if lane and lane.device != "cpu" else ""
-    return f"refiners parity {verb} {case_id}{lanes}{device}{where}"
 
 
 def tell_why(runner: CaseRunner, lane: Lane, *, seconds: float = SECONDS, modules: str = "") -> Told:

@@ -5,11 +5,10 @@ two operations are told apart.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from refiners.parity.localise import Finding
 from refiners.parity.operations import Operation, Slot, Trace, fill_template
 
 _WORDS = {
@@ -71,6 +70,17 @@ def _arguments(operation: Operation) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def arguments(operation: Operation) -> dict[str, Any]:
+    """Names of arguments → what was given or is the default, where no tensor is in it."""
+
+    def has_tensor(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(map(has_tensor, cast("list[Any]", value)))
+        return isinstance(value, _Tensor)
+
+    return {name: value for name, value in _arguments(operation).items() if not has_tensor(value)}
+
+
 def unlike(ours: Operation, theirs: Operation) -> str:
     """In what arguments the port's operation differs from upstream's, completing "equal …"."""
     if ours.function is not theirs.function:
@@ -118,6 +128,8 @@ def extra(ours: Operation, theirs: Operation, port: Trace) -> bool:
     """Whether the port does something first that upstream does not do, and then what upstream does."""
     if len(set(ours.inputs) - port.weights) != 1 or not set(ours.inputs) & set(theirs.inputs):
         return False
+    if ours.is_view:
+        return False  # views are made in any order
     return any(
         set(op.inputs) & set(ours.outputs) and _same_work(op, theirs) for op in port.operations[ours.index + 1 :]
     )
@@ -127,6 +139,8 @@ def lacking(ours: Operation, theirs: Operation, upstream: Trace) -> bool:
     """Whether upstream does something first that the port does not do, and then what the port does."""
     if len(set(theirs.inputs) - upstream.weights) != 1 or not set(ours.inputs) & set(theirs.inputs):
         return False
+    if theirs.is_view and (not ours.is_view or theirs.function is ours.function):
+        return False  # views are made in any order
     later = upstream.operations[theirs.index + 1 :]
     return any(set(op.inputs) & set(theirs.outputs) and _same_work(op, ours) for op in later)
 
@@ -163,9 +177,9 @@ def origin(trace: Trace, number: int, leaves: Iterable[str]) -> str:
 # Shapes of a region
 
 
-def rope_layouts(finding: Finding) -> str:
+def rope_layouts(port: Sequence[Operation], upstream: Sequence[Operation]) -> str:
     """Both sides turn pairs of elements, and pair them in another way."""
-    ours, theirs = _pairs(finding.port_region), _pairs(finding.region)
+    ours, theirs = _pairs(port), _pairs(upstream)
     if not ours or not theirs or ours == theirs:
         return ""
     words = {
@@ -175,11 +189,22 @@ def rope_layouts(finding: Finding) -> str:
     return f"when rotary positions pair {words[theirs]}: the port pairs {words[ours]}"
 
 
-def _pairs(operations: tuple[Operation, ...]) -> str:
-    names = [step.strip().removeprefix("aten.") for op in operations for step in op.name.split("→")]
-    if not {"neg", "view_as_complex"} & set(names):
+def _pairs(operations: Sequence[Operation]) -> str:
+    names = {step.strip().removeprefix("aten.") for op in operations for step in op.name.split("→")}
+    if not {"neg", "view_as_complex"} & names:
         return ""
-    steps = [op.template[0][4] for op in operations if op.name == "aten.slice" and len(op.template[0]) > 4]
-    if 2 in steps or {"stack", "view_as_complex", "unbind"} & set(names):
+    if "view_as_complex" in names or any(map(_takes_neighbours, operations)):
         return "neighbours"
-    return "halves" if {"cat"} & set(names) else ""
+    return "halves" if "cat" in names else ""
+
+
+def _takes_neighbours(operation: Operation) -> bool:
+    """Whether an operation takes every second element, or parts pairs that lie side by side."""
+    last, arguments = operation.name.rsplit("→", 1)[-1].strip().removeprefix("aten."), operation.template[0]
+    if last == "slice":
+        return len(arguments) > 4 and arguments[4] == 2
+    if last != "unbind" or not operation.tensors:
+        return False
+    shape = operation.tensors[0][1]
+    axis = arguments[1] if len(arguments) > 1 else 0
+    return shape[axis] == 2 and axis % len(shape) == len(shape) - 1

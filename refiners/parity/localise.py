@@ -38,6 +38,12 @@ class Finding:
     """All that upstream does between the values both have and the one that should have arrived."""
     port_region: tuple[Operation, ...] = ()
     """The same of the port, for the value that arrived."""
+    expected: int | None = None
+    """The number of the value that should have arrived."""
+    actual: int | None = None
+    """The number of the one that did."""
+    others: "tuple[Finding, ...]" = ()
+    """Of the same node, further on."""
     passed_on: int | None = None
     """Where something is missing in the port: the value that it passed on unchanged."""
     suspects: tuple[str, ...] = ()
@@ -49,7 +55,7 @@ class Finding:
         return self.port, self.is_leaf
 
 
-MOST_IN_REGION = 40
+MOST_IN_REGION = 160
 
 _JOINING = frozenset({"aten.add", "aten.sub", "aten.mul", "aten.div", "aten.cat"})
 
@@ -81,7 +87,9 @@ class Locator:
                 continue
             several = [self._leaf(point)] if point.where is Where.RETURNS else self._between(point)
             for finding in several:
-                found.setdefault(finding.key, finding)
+                first = found.setdefault(finding.key, finding)
+                if first is not finding:
+                    found[finding.key] = replace(first, others=(*first.others, finding))
         return _without_echoes(list(found.values()))
 
     def _leaf(self, point: Point) -> Finding:
@@ -109,7 +117,8 @@ class Locator:
             there = walk(self._made_upstream, expected, (self._known_here - taught) | self.upstream.weights)
             new = [operation for operation in here.frontier if not self._is_echo(operation)]
             if new or not here.frontier:
-                findings += self._blame(point, actual, replace(here, frontier=new), there)
+                found = self._blame(point, actual, replace(here, frontier=new), there)
+                findings += [replace(finding, expected=expected, actual=actual) for finding in found]
             self._took_for.setdefault(actual, expected)
         return findings
 
@@ -135,7 +144,7 @@ class Locator:
         findings: list[Finding] = []
         by_path: dict[str, list[Operation]] = {}
         for operation in here.frontier:
-            skipped = self._skipped_before(operation, there)
+            skipped = self._skipped_before(operation, there) if _only_lacks(here, there) else None
             if skipped is not None:
                 findings.append(self._missing_at(made, skipped, self.port.path_of(operation)))
             else:
@@ -323,6 +332,20 @@ def walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
                 seen.add(number)
                 waiting.append(number)
     return Walk([frontier[i] for i in sorted(frontier)], [visited[i] for i in sorted(visited)])
+
+
+_SHAPES = frozenset(
+    {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "clone", "slice"}
+)
+
+
+def _only_lacks(here: Walk, there: Walk) -> bool:
+    """Whether the port does nothing that upstream does not do as well: else it computes in a way of its own."""
+    ours, theirs = (
+        Counter(op.name for op in side.visited if op.name.removeprefix("aten.") not in _SHAPES)
+        for side in (here, there)
+    )
+    return ours <= theirs
 
 
 _Operations = tuple[Operation, ...]

@@ -171,6 +171,11 @@ def _gather(value: Any, found: list[Tensor]) -> None:
             _gather(item, found)
 
 
+def draws(function: Any) -> bool:
+    """Whether an operation asks a generator. Attention could, for its dropout; here models are evaluated."""
+    return torch.Tag.nondeterministic_seeded in function.tags and "scaled_dot_product" not in str(function)
+
+
 def floats_in(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
     """The dtypes of the floating tensors that decide in which one torch computes."""
     found = [tensor for tensor in tensors if tensor.is_floating_point()]

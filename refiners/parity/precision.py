@@ -342,6 +342,8 @@ class Precision:
     """What runs in float64 lanes outside of float64, a line for each side."""
     unread: tuple[str, ...] = ()
     """Entries of the port's state dict that its forward never reads; once judged, a sentence about them."""
+    islands: tuple[Trace, Trace] | None = None
+    """The traces of both sides, if in a float64 lane both compute the same things, some of them, in float32."""
 
 
 def look_at_precision(case: Case, lane: Lane, models: tuple[nn.Module, nn.Module], inputs: Inputs) -> Precision:
@@ -351,8 +353,7 @@ def look_at_precision(case: Case, lane: Lane, models: tuple[nn.Module, nn.Module
         models: upstream, then the port, which share their storages.
         inputs: of the case, as drawn.
     """
-    values = Values()
-    upstream, port = trace_both(case, lane, models, inputs, values)
+    upstream, port = trace_both(case, lane, models, inputs, values := Values())
     given = {values.number_of(tensor) for _, tensor in named_tensors(place_inputs(inputs, lane.dtype, lane.device))}
     keys = keys_of_same(models[0], case.key_map.convert(models[0].state_dict(), models[1]))
     pairing = pairings(*models, keys)[0]
@@ -360,7 +361,8 @@ def look_at_precision(case: Case, lane: Lane, models: tuple[nn.Module, nn.Module
     faults = told if len(told) <= MAX_TOLD else [*told[:MAX_TOLD], f"and {len(told) - MAX_TOLD} more values"]
     notes = _islands(upstream, port, lane.dtype) if lane.is_truth else []
     notes += _borrowed(upstream, port, models[0])
-    return Precision(tuple(faults), tuple(notes), port.unread)
+    has_islands = lane.is_truth and all(outside(trace, lane.dtype) for trace in (upstream, port))
+    return Precision(tuple(faults), tuple(notes), port.unread, (upstream, port) if has_islands and not faults else None)
 
 
 def _borrowed(upstream: Trace, port: Trace, model: nn.Module) -> list[str]:

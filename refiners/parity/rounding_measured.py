@@ -134,7 +134,7 @@ def _ratios(comparisons: Sequence[verdict.Comparison], dtype: torch.dtype) -> tu
 # --- misses: faults, and single wrong elements --------------------------------------------------------------------
 
 
-class _SameKeys:
+class SameKeys:
     """The key map of two models of one class."""
 
     def convert(self, state_dict: Mapping[str, Tensor], target: nn.Module, /) -> Mapping[str, Tensor]:
@@ -150,7 +150,7 @@ def case_of(setting: Setting) -> Case:
         id=f"measured/{setting.subject.__name__.lower()}",
         upstream=lambda: setting.subject(setting.dim),
         port=lambda: setting.subject(setting.dim),
-        key_map=_SameKeys(),
+        key_map=SameKeys(),
         inputs=lambda generator: {"x": setting.inputs(torch.float64)},
         run_upstream=lambda model, inputs: model(inputs["x"]),
         run_port=lambda model, inputs: model(inputs["x"]),

@@ -5,52 +5,37 @@ can end the run of the others.
 """
 
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refiners.errors import ChainError, ParityError, RefinersError
-from refiners.parity import influence, rounding, verdict, weights
+from refiners.errors import ParityError
+from refiners.parity import influence, verdict, weights
 from refiners.parity.case import Case
-from refiners.parity.environment import origin_of, package_behind
+from refiners.parity.counted import elements_by_kind, with_errors
+from refiners.parity.environment import origin_of
 from refiners.parity.influence import Influence, some
 from refiners.parity.inputs import draw_inputs, place_inputs
+from refiners.parity.islands import widened
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.modules import modules
+from refiners.parity.operations import Trace
 from refiners.parity.pairing import Kind, Pair, pair_gradients, pair_outputs, truth_tensors
 from refiners.parity.precision import Precision, look_at_precision
 from refiners.parity.result import Result, Verdict
-from refiners.parity.rounding import ErrorPair
+from refiners.parity.same_islands import WideTraces, trace_wide, unlike_islands
 from refiners.parity.second_look import look_again
 from refiners.parity.side import Observed, changed_weights, observe, weight_states
+from refiners.parity.stages import StageError, in_one_line, shown, stage
 from refiners.parity.time_limit import TimeIsUp, time_limit
 from refiners.parity.torch_state import default_dtype, seed_torch
 from refiners.parity.verdict import Comparison
 from refiners.parity.weights import Sharing
-
-
-class _StageError(Exception):
-    """Something raised while a stage of a case ran."""
-
-    def __init__(self, stage: str, error: BaseException) -> None:
-        super().__init__(stage)
-        self.stage, self.error = stage, error
-
-
-@contextmanager
-def _stage(name: str) -> Generator[None, None, None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit, pytest's Skipped and TimeIsUp are no Exception
-        raise _StageError(name, error) from error
 
 
 @dataclass
@@ -73,6 +58,7 @@ class CaseRunner:
     Receives:
         case: what to run.
         threads: number of threads inside an operation, the same on both sides.
+        widened: compute islands of float32 in float64, see `refiners.parity.islands`.
 
     Example:
         ```py
@@ -80,9 +66,12 @@ class CaseRunner:
         ```
     """
 
-    def __init__(self, case: Case, *, threads: int = 1) -> None:
+    def __init__(self, case: Case, *, threads: int = 1, widened: bool = False) -> None:
         self.case = case
         self.threads = threads
+        self.widened, self.may_widen = widened, True
+        self._needs_widening: dict[str, bool] = {}
+        self._wide_traces: WideTraces | None = None
         self._results: dict[Lane, Result] = {}
         self._inputs: dict[str, Any] | None = None
         self._values: Mapping[str, Tensor] | None = None
@@ -98,26 +87,28 @@ class CaseRunner:
         started = time.perf_counter()
         label = ""
         try:
-            with (
-                held_equal(lane, threads=self.threads),
-                default_dtype(torch.get_default_dtype()),
-                warnings.catch_warnings(),
-                time_limit(self.case.time_limit),
-            ):
-                warnings.simplefilter("ignore")
-                with _stage("drawing the inputs"):
+            with self._held(lane), time_limit(self.case.time_limit):
+                with stage("drawing the inputs"):
                     self._inputs = draw_inputs(self.case) if self._inputs is None else self._inputs
-                with _stage("building upstream"):
+                with stage("building upstream"):
                     upstream = self._upstream(lane)
                     label = origin_of(upstream)
                 compared = self._compare(lane, upstream)
-            with _stage("judging"):
+            with stage("judging"):
                 result = self._judge(lane, compared)
-        except _StageError as failure:
+        except StageError as failure:
             result = self._failed(lane, failure, label)
         except Exception as error:  # a setting of torch that cannot be read or changed
-            result = self._failed(lane, _StageError("preparing the lane", error), label)
+            result = self._failed(lane, StageError("preparing the lane", error), label)
         return replace(result, seconds=round(time.perf_counter() - started, 4))
+
+    @contextmanager
+    def _held(self, lane: Lane) -> Generator[None, None, None]:
+        wide = widened() if self.widened else nullcontext()
+        with held_equal(lane, threads=self.threads), default_dtype(torch.get_default_dtype()), wide:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
 
     # Both sides
 
@@ -167,11 +158,11 @@ class CaseRunner:
         return self._values
 
     def _port(self, lane: Lane, upstream: nn.Module) -> tuple[nn.Module, Sharing]:
-        with _stage("building the port"):
+        with stage("building the port"):
             port = self._build(self.case.port, lane.dtype).to(lane.device)
             if set(modules(port)) & set(modules(upstream)):
                 raise ParityError("The port and upstream share modules: the port would be compared with itself.")
-        with _stage("converting the weights"):
+        with stage("converting the weights"):
             before = weight_states(upstream)
             sharing = weights.share(upstream, port, self.case.key_map)
             rewritten = changed_weights(before, upstream)
@@ -207,9 +198,10 @@ class CaseRunner:
         """Upstream in float64 on this lane's rounded weights and inputs."""
         if "float64" not in self.case.lanes:
             return None
-        if lane.is_truth:
-            return seen
-        with _stage("running upstream in float64"):
+        return seen if lane.is_truth else self._in_float64(lane, upstream)
+
+    def _in_float64(self, lane: Lane, upstream: nn.Module) -> Observed:
+        with stage("running upstream in float64"):
             model = self._build(self.case.upstream, torch.float64).to(lane.device)
             weights.fill_from(model, upstream.state_dict())
             return self._observe(lane, model, torch.float64, is_port=False)
@@ -219,15 +211,15 @@ class CaseRunner:
     def _compare(self, lane: Lane, upstream: nn.Module) -> _Compared:
         trained = {name for name, p in upstream.named_parameters(remove_duplicate=False) if p.requires_grad}
         # Before the port is built: a builder may patch what upstream calls.
-        with _stage("running upstream"):
+        with stage("running upstream"):
             ours = self._observe(lane, upstream, lane.dtype, is_port=False)
         port, sharing = self._port(lane, upstream)
         faults = _frozen(port, sharing, trained)
-        with _stage("running the port"):
+        with stage("running the port"):
             foreign = {type(m) for m in modules(upstream) if not type(m).__module__.startswith("torch.")}
             theirs = self._observe(lane, port, lane.dtype, is_port=True, foreign=foreign)
         truth = self._truth(lane, upstream, ours)
-        with _stage("comparing"):
+        with stage("comparing"):
             pairs, unpaired = pair_outputs(ours, theirs)
             addresses = {tensor.untyped_storage().data_ptr() for tensor in upstream.state_dict().values()}
             faults = [*_side_faults(ours, theirs), *sharing.faults, *faults, *unpaired]
@@ -246,11 +238,13 @@ class CaseRunner:
             comparisons = _compare_all(pairs, truth, found)
         if not self._looked_again and _seems_equal(comparisons, faults, lane):
             self._looked_again = True
-            with _stage("looking again"):
+            with stage("looking again"):
                 faults += look_again(self.case, lane, (upstream, port), (ours, theirs), self._inputs)
-        with _stage("comparing the precision"):
-            models = upstream, port
-            dtypes = Precision() if faults else look_at_precision(self.case, lane, models, self._inputs or {})
+        with stage("comparing the precision"):
+            models, given = (upstream, port), self._inputs or {}
+            if self.widened and not faults:
+                self._wide_traces = trace_wide(self.case, lane, models, given)
+            dtypes = Precision() if faults or self.widened else look_at_precision(self.case, lane, models, given)
             origins = weights.origins(dtypes.unread, models, self.case.key_map)
             dtypes = replace(dtypes, unread=tuple(influence.never_read(origins, self.case.without_influence)))
         return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found, dtypes, neutral)
@@ -266,7 +260,13 @@ class CaseRunner:
         float64: Verdict | None = None
         if "float64" in self.case.lanes and not lane.is_truth and not all(c.bitwise for c in compared.comparisons):
             float64 = (wide := self.run(Lane("float64", lane.device))).besides_dtypes or wide.verdict
+        needs_widening = self._needs_widening.get(lane.device, False)
+        if float64 is Verdict.ROUNDING and needs_widening:
+            compared.comparisons = self._against_wide_truth(lane, compared)
         decided, reasons = verdict.judge(compared.comparisons, compared.faults, lane, float64_verdict=float64)
+        islands = compared.precision.islands if self.may_widen and not compared.faults else None
+        if decided is Verdict.DIFFERENT and islands is not None:
+            decided, reasons = self._with_islands_widened(lane, compared, islands, reasons)
         # Where the values differ as well, they come first: a cast that moved is one explanation among others.
         mismatches = (*compared.precision.faults, *compared.precision.unread)
         besides = decided if mismatches and not compared.precision.unread else None
@@ -283,15 +283,47 @@ class CaseRunner:
             notes=(*_notes(self.case, compared.sharing, compared.neutral), *compared.precision.notes),
             tensors=len(compared.comparisons),
             elements=sum(c.pair.upstream.numel() for c in compared.comparisons),
-            elements_by_kind=_elements_by_kind(compared.comparisons),
+            elements_by_kind=elements_by_kind(compared.comparisons),
             leaves=len(theirs.leaves - theirs.silent_leaves),
             worst=worst[0] if worst else None,
             without_gradient=compared.influence.without_gradient if compared.influence else None,
             upstream=origin_of(compared.upstream),
         )
-        return _with_errors(result, compared.comparisons)
+        return with_errors(result, compared.comparisons)
 
-    def _failed(self, lane: Lane, failure: _StageError, upstream: str) -> Result:
+    # Islands of float32 in the float64 lane
+
+    def _with_islands_widened(
+        self, lane: Lane, compared: _Compared, islands: tuple[Trace, Trace], before: list[str]
+    ) -> tuple[Verdict, list[str]]:
+        """The verdict of the float64 lane where both sides have islands of float32, whose rounding is not float64's.
+
+        `ROUNDING` needs closeness once the islands are computed in float64, islands of the same things, and, as they
+        are, a port that is no further from that truth than upstream is.
+        """
+        again = CaseRunner(self.case, threads=self.threads, widened=True)
+        again._inputs, again._values = self._inputs, self._values
+        wide = again.run(lane)
+        told = "with islands of float32 computed in float64 on both sides"
+        if wide.verdict is Verdict.DIFFERENT:
+            return Verdict.DIFFERENT, [*before, f"{told}: {wide.reason}"]
+        comparisons = self._against_wide_truth(lane, compared)
+        refusal = verdict.refusal_by_ratio(comparisons, torch.float32)
+        if not refusal and again._wide_traces is not None:
+            refusal = unlike_islands(islands, again._wide_traces, lane.dtype)
+        if refusal:
+            return Verdict.DIFFERENT, [*before, f"{told} both agree, but as they are {refusal}"]
+        compared.comparisons = comparisons
+        self._needs_widening[lane.device] = True
+        return Verdict.ROUNDING, [f"{told} both agree: what differs is the rounding of float32", *before[1:]]
+
+    def _against_wide_truth(self, lane: Lane, compared: _Compared) -> list[Comparison]:
+        """The same comparisons, with errors against upstream without islands of float32."""
+        with self._held(lane), widened():
+            truth = self._in_float64(lane, compared.upstream)
+        return _compare_all([c.pair for c in compared.comparisons], truth, compared.influence)
+
+    def _failed(self, lane: Lane, failure: StageError, upstream: str) -> Result:
         error = failure.error
         if isinstance(error, TimeIsUp):
             error = error.as_error(self.case.time_limit)
@@ -299,36 +331,10 @@ class CaseRunner:
             case=self.case.id,
             lane=lane.name,
             verdict=Verdict.DIFFERENT,
-            reasons=(f"{failure.stage} raised {_in_one_line(error)}",),
+            reasons=(f"{failure.stage} raised {in_one_line(error)}",),
             upstream=upstream,
-            traceback=_traceback(error),
+            traceback=shown(error),
         )
-
-
-def _traceback(error: BaseException) -> str:
-    try:
-        if isinstance(error, ChainError):  # it shows the frames that are not the framework's, and the tree
-            return f"ChainError: {error}"
-        return "".join(traceback.format_exception(error, limit=-6, chain=False))
-    except Exception as other:  # an exception whose text cannot be had
-        return f"{type(error).__name__} (it cannot be shown: {type(other).__name__})"
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error).strip()
-    except Exception as other:
-        return f"(it cannot be shown: {type(other).__name__})"
-
-
-def _in_one_line(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, ChainError) and error.__cause__ else error
-    lines = _text(cause).splitlines() or [""]
-    places = [line[3:-1] for line in _text(error).splitlines() if line.startswith("At ") and line.endswith(":")]
-    where = f" at `{places[-1]}`" if cause is not error and places else ""
-    package = package_behind(error)
-    told = "\n".join(lines) if isinstance(cause, RefinersError) else lines[0]
-    return f"{type(cause).__name__}: {told}{where}{f' ({package})' if package else ''}"
 
 
 def _compare_all(pairs: list[Pair], truth: Observed | None, found: Influence | None) -> list[Comparison]:
@@ -373,28 +379,3 @@ def _notes(case: Case, sharing: Sharing, neutral: list[str]) -> list[str]:
     if neutral:
         notes.append(f"{len(neutral)} weights hold one number everywhere: whether they are used does not show here")
     return notes if case.gradients else [*notes, "gradients=False: no weight is shown to influence the outputs"]
-
-
-def _elements_by_kind(comparisons: list[Comparison]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for c in comparisons:
-        name = "gradients" if c.pair.kind.is_gradient else f"{c.pair.kind}s"
-        found[name] = found.get(name, 0) + c.pair.upstream.numel()
-    return found
-
-
-def _with_errors(result: Result, comparisons: list[Comparison]) -> Result:
-    """The result with the errors of outputs and gradients of both sides against float64."""
-    outputs = [c.errors for c in comparisons if c.errors and not c.pair.kind.is_gradient]
-    gradients = [c.errors for c in comparisons if c.errors and c.pair.kind.is_gradient and c.counts_in_ratio]
-    if outputs:
-        upstream, port = _joint(outputs)
-        result = replace(result, error_upstream=upstream, error_port=port)
-    if gradients:
-        upstream, port = _joint(gradients)
-        result = replace(result, gradient_error_upstream=upstream, gradient_error_port=port)
-    return result
-
-
-def _joint(pairs: list[ErrorPair]) -> tuple[float, float]:
-    return rounding.joint_error([p.upstream for p in pairs]), rounding.joint_error([p.port for p in pairs])

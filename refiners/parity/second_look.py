@@ -7,6 +7,7 @@ upstream:
    returns stored values or computes with numbers of its own now differs. Some output of upstream has to change, too:
    otherwise nothing that was compared depends on anything.
 2. with the first weights and inputs, which have to give the first bits: no state is left over between two forwards.
+3. with them and without gradients, where the two sides have to agree as well: a model may ask whether there are any.
 
 It takes place once for a case, in the first lane that runs; a case that is red already is not looked at twice.
 """
@@ -32,6 +33,8 @@ MOVED_BY = 0.1
 """Weights change by this share of themselves, times a normal number."""
 
 Outputs = Mapping[str, Tensor]
+
+_MOVED = "with other weights and inputs the output"
 
 
 def look_again(
@@ -62,6 +65,10 @@ def look_again(
         again = _outputs(case, lane, model, inputs, is_port=model is port)
         changed = [name for name, tensor in before.items() if name not in again or not same_bits(again[name], tensor)]
         faults += [f"{side} does not repeat its output `{name}` bit for bit" for name in changed]
+    if case.gradients and (equal or lane.is_truth):
+        alone = replace(case, gradients=False)
+        quiet = [_outputs(alone, lane, model, inputs, is_port=model is port) for model in (port, upstream)]
+        faults += _differences(quiet[1], quiet[0], lane, told="under `torch.no_grad()` the output")
     return faults
 
 
@@ -97,12 +104,14 @@ def _outputs(case: Case, lane: Lane, model: nn.Module, inputs: Any, *, is_port: 
     return {name: tensor.clone() for name, tensor in seen.outputs.items()}
 
 
-def _differences(ours: Outputs, theirs: Outputs, lane: Lane) -> list[str]:
-    told = "with other weights and inputs the output"
+def _differences(ours: Outputs, theirs: Outputs, lane: Lane, *, told: str = _MOVED) -> list[str]:
     faults = [f"{told} `{name}` is on one side only" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in [name for name in ours if name in theirs]:
         found = compare(Pair(name, Kind.OUTPUT, ours[name], theirs[name]), None)
         rounded = lane.is_truth and not found.fault and found.difference
         if not found.bitwise and not (rounded and rounding.agrees_in_float64(rounded)):
-            faults.append(f"{told} `{name}` differs: a side has state, stored values or constants of its own")
+            why = (
+                "a side has state, stored values or constants of its own" if told is _MOVED else "it asks for the mode"
+            )
+            faults.append(f"{told} `{name}` differs: {why}")
     return faults

@@ -161,7 +161,23 @@ def _checked(outputs: Any) -> dict[str, Tensor]:
     wrong = [f"`{name}` is {type(v).__name__}" for name, v in found.items() if type(v) not in (Tensor, nn.Parameter)]
     if wrong:
         raise ParityError(f"The case's function must return a dict of tensors, but {', '.join(wrong)}.")
+    unreadable = [f"`{name}` {told}" for name, tensor in found.items() if (told := _unreadable(tensor))]
+    if unreadable:
+        raise ParityError(f"An output must be a tensor whose elements can be compared, but {'; '.join(unreadable)}.")
     return found
+
+
+def _unreadable(tensor: Tensor) -> str:
+    """Why the elements of a tensor cannot be compared, and what to do; "" if they can."""
+    if tensor.is_meta:
+        return "is on the meta device, which holds no numbers: build the model on a real one"
+    if tensor.is_nested:
+        return "is a nested tensor: return its rows one by one, or `to_padded_tensor`"
+    if tensor.is_quantized:
+        return "is quantized: return `dequantize()`"
+    if tensor.layout != torch.strided:
+        return f"is a {str(tensor.layout).removeprefix('torch.')} tensor: return `to_dense()`"
+    return ""
 
 
 @contextmanager

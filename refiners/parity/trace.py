@@ -11,7 +11,7 @@ backward pass belongs to the module and the line of the one whose gradient it co
 """
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -54,13 +54,21 @@ class Tracer(TorchDispatchMode):
         trace: what to fill.
         weights: the parameters and buffers of the model.
         read_views: fingerprint every view, not only those that somebody reads.
+        keep: numbers of values that are kept when an operation reads them.
     """
 
     def __init__(
-        self, values: Values, trace: Trace, weights: Sequence[Tensor] = (), *, read_views: bool = False
+        self,
+        values: Values,
+        trace: Trace,
+        weights: Sequence[Tensor] = (),
+        *,
+        read_views: bool = False,
+        keep: Collection[int] = (),
     ) -> None:
         cast(Any, super()).__init__()
-        self.values, self.trace, self.read_views = values, trace, read_views
+        self.values, self.trace, self.read_views, self.keep = values, trace, read_views, keep
+        self.kept: dict[int, Tensor] = {}
         self.stack: list[int] = []
         self._paused = False
         self._numbers: Any = WeakIdKeyDictionary()
@@ -123,6 +131,7 @@ class Tracer(TorchDispatchMode):
         given = tensors_in((args, kwargs))
         inputs = () if is_view else tuple(map(self.number_of, given))
         origin = self._origin()
+        self._keep(inputs, given)
         result = func(*args, **kwargs)
         results = tensors_in(result)
         operation = Operation(
@@ -143,6 +152,7 @@ class Tracer(TorchDispatchMode):
         self.trace.operations.append(operation)
         if is_view:
             self._take_view(operation, given[0], results)
+            self._keep(operation.inputs, given)
         elif "empty" in operation.name:
             pass  # what lies in memory by chance is no value
         elif func._schema.is_mutable:
@@ -152,7 +162,15 @@ class Tracer(TorchDispatchMode):
                 self._numbers.pop(tensor, None)
         else:
             operation.outputs = tuple(self.number_of(tensor) for tensor in results)
+        self._keep(operation.outputs, results)
         return result
+
+    def _keep(self, numbers: Sequence[int | None], tensors: Sequence[Tensor]) -> None:
+        for number, tensor in zip(numbers, tensors, strict=False) if self.keep else ():
+            if number is not None and number in self.keep and number not in self.kept:
+                before, self._paused = self._paused, True
+                self.kept[number] = tensor.detach().clone()
+                self._paused = before
 
     def _origin(self) -> Operation | None:
         """On the way back: the operation of the forward that autograd is at, by the number that autograd gave it."""
@@ -261,6 +279,8 @@ def record(
     *,
     read_views: bool = False,
     gradients: bool = False,
+    keep: Collection[int] = (),
+    kept: dict[int, Tensor] | None = None,
 ) -> tuple[Trace, dict[str, Tensor]]:
     """Traces one run of a model.
 
@@ -270,16 +290,19 @@ def record(
         values: shared with the trace of the other side.
         read_views: fingerprint every view, not only those that somebody reads; slower, and finer.
         gradients: `run` goes back as well; the numbers of what it leaves in `grad` are put into the trace.
+        keep, kept: numbers of values that are wanted, and where to put them.
 
     Returns:
         The trace, and the outputs.
     """
     trace = Trace()
-    tracer = Tracer(values, trace, [*model.parameters(), *model.buffers()], read_views=read_views)
+    tracer = Tracer(values, trace, [*model.parameters(), *model.buffers()], read_views=read_views, keep=keep)
     with _watched(model, tracer):
         with tracer:
             outputs = dict(run())
         trace.outputs = {name: tracer.number_of(tensor) for name, tensor in outputs.items()}
+        if kept is not None:
+            kept.update(tracer.kept)
         given = [(name, parameter.grad) for name, parameter in model.named_parameters() if gradients]
         trace.gradients = {name: tracer.number_of(gradient) for name, gradient in given if gradient is not None}
         trace.weights = tracer.numbers_of_weights()

@@ -139,12 +139,17 @@ def _lane_refusal(comparisons: Sequence[Comparison], lane: Lane, float64_verdict
         return "not bitwise, and the case has no float64 lane that could tell rounding from a fault"
     if float64_verdict is Verdict.DIFFERENT:
         return "not bitwise, and DIFFERENT in float64 as well"
+    return refusal_by_ratio(comparisons, lane.dtype)
+
+
+def refusal_by_ratio(comparisons: Sequence[Comparison], dtype: torch.dtype) -> str:
+    """Why the errors of both sides against the truth are not those of rounding in a dtype; "" when they may be."""
     counted = [c for c in comparisons if c.counts_in_ratio and c.errors]
     if not counted:
         return "not bitwise, and there is no float64 truth to hold it against"
     outputs = [c.errors for c in counted if c.errors and not c.pair.kind.is_gradient]
     gradients = [c.errors for c in counted if c.errors and c.pair.kind.is_gradient]
-    return rounding.why_not_rounding(outputs, gradients, lane.dtype)
+    return rounding.why_not_rounding(outputs, gradients, dtype)
 
 
 def uninformative(pairs: Sequence[Pair], weights: Collection[int]) -> list[str]:

@@ -23,6 +23,8 @@ def how_weights_differ(name: str, right: Tensor, held: Tensor | None, weights: M
         return f"with `{name}`, which the port drops"
     if same_bits(right, held):
         return ""
+    if held.ndim == 2 and _is(held.T.contiguous(), right):
+        return f"when `{name}` is transposed"
     found = [f"`{key}`" for key, other in weights.items() if _is(other, held) and not same_bits(other, right)]
     if found:
         return f"when `{name}` is upstream's: the port holds {found[0]}"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from refiners.parity.again import command_for
 from refiners.parity.case import Case
-from refiners.parity.explaining import command_for
 from refiners.parity.full_size import FullSizeResult
 from refiners.parity.page.plot import Plot, plot
 from refiners.parity.page.trees import Node, trees_of

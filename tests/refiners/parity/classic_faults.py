@@ -162,7 +162,7 @@ Row = tuple[Callable[..., nn.Module], dict[str, Any], tuple[int, ...], str, tupl
 
 # name: kind, how the port is told to be wrong, shape of the input, path to blame, words of the diagnosis
 FAULTS: dict[str, Row] = {
-    "rope-base": (Rope, {"base": 500_000.0}, TOKENS, "", ("`pow`", "10000.0, not 500000.0")),
+    "rope-base": (Rope, {"base": 500_000.0}, TOKENS, "", ("the base of the frequencies is 10000", "500000")),
     "rope-layout": (Rope, {"layout": "pairs"}, TOKENS, "", ("half-split",)),
     "rope-offset": (Rope, {"offset": 1}, TOKENS, "", ("without `add", ", 1)")),
     "sin-cos": (Timestep, {"flip": False}, (2, 1), "", ("`cat`", "exchanged")),

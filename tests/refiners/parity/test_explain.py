@@ -1,6 +1,8 @@
 """One, two and three faults in small ports: where they are, and what puts them right."""
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.errors import ParityError
 from refiners.parity import CaseRunner, Lane, teacher
+from refiners.parity.again import command_of
 from refiners.parity.explain import Explanation, explain, explain_modules
 from refiners.parity.explained import try_to_explain
 from refiners.parity.leaf_again import leaf_of_case
@@ -270,7 +273,7 @@ def test_the_line_that_shows_a_fault_again_shows_both_outputs_of_the_leaf() -> N
 
     case = make_case(OtherEps)
     text = str(explain(case, Lane("float32")))
-    assert "refiners parity explain toy/tower --lanes float32 --leaf norm_1" in text
+    assert "refiners parity explain toy/tower --lanes float32 --cases YOUR.MODULE --leaf norm_1" in text
     told = leaf_of_case(CaseRunner(case), Lane("float32"), "norm_1")
     assert "LayerNorm((8,), eps=0.001" in told
     assert "LayerNorm((8,), eps=1e-05" in told
@@ -318,3 +321,23 @@ def test_a_mask_made_of_another_constant_is_not_blamed_beside_the_fault() -> Non
     found = explain(make_case(lambda: _Twice(0.25, 0), upstream=_Twice), Lane("float32"))
     assert found.leaves == ["second"]
     assert "0.5" in found.faults[0].diagnosis
+
+
+def test_the_line_that_shows_a_fault_again_names_the_module_that_lists_the_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_case()
+    module = ModuleType("somebody.cases")
+    module.__dict__["CASES"] = [make_case(), case]
+    monkeypatch.setitem(sys.modules, "somebody.cases", module)
+    assert (
+        command_of(case, Lane("float32")) == "refiners parity explain toy/tower --lanes float32 --cases somebody.cases"
+    )
+
+
+def test_cases_of_this_repository_need_no_module_in_that_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    module = ModuleType("parity_tests.cases.toy")
+    module.__dict__["CASES"] = [case]
+    monkeypatch.setitem(sys.modules, "parity_tests.cases.toy", module)
+    assert command_of(case, Lane("float64")) == "refiners parity explain toy/tower --lanes float64"

@@ -119,6 +119,10 @@ PATHOLOGIES: dict[str, tuple[dict[str, Any], str]] = {
         {"upstream": broken.Counts, "port": broken.Counts},
         "the port does not repeat its output `y` bit for bit",
     ),
+    "otherwise-without-gradients": (
+        one(lambda y: y if torch.is_grad_enabled() else 2 * y),
+        "under `torch.no_grad()` the output `y` differs",
+    ),
     "drifts-from-call-to-call": ({"port": broken.Counts}, "with other weights and inputs"),
     "not-deterministic": ({"port": broken.Clock}, "differs in float64 by"),
     "leaf-that-never-ran": (
@@ -174,7 +178,16 @@ PATHOLOGIES: dict[str, tuple[dict[str, Any], str]] = {
         {"port": broken.raises(broken.Stops("enough"))},
         "building the port raised Stops: enough",
     ),
-    "raises-while-comparing": (both(lambda y: y.to_sparse(), **NO_GRAD), "comparing raised"),
+    "sparse": (both(lambda y: y.to_sparse(), **NO_GRAD), "`y` is a sparse_coo tensor: return `to_dense()`"),
+    "nested": (
+        both(lambda y: torch.nested.as_nested_tensor([y[0], y[1, :3]]), **NO_GRAD),
+        "`y` is a nested tensor: return its rows one by one",
+    ),
+    "on-meta": (both(lambda y: y.to("meta"), **NO_GRAD), "`y` is on the meta device, which holds no numbers"),
+    "quantized": (
+        both(lambda y: torch.quantize_per_tensor(y.detach().float(), 0.1, 0, torch.qint8), **NO_GRAD),
+        "`y` is quantized: return `dequantize()`",
+    ),
     "builder-returns-none": ({"port": lambda: None}, "building the port raised ParityError: The builder must return"),
     "builder-returns-a-class": ({"port": lambda: Port}, "must return a torch.nn.Module, got type"),
     "builder-gives-a-dtype": ({"upstream": lambda: Upstream().half()}, "Give no dtype in a builder"),
@@ -215,6 +228,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "port": broken.Sines,
         "inputs": lambda generator: {"x": torch.arange(6.0)},
     },
+    "otherwise-without-gradients-as-upstream": both(lambda y: y if torch.is_grad_enabled() else 2 * y),
     "same-buffer": {"upstream": broken.Buffered, "port": broken.Buffered},
 }
 
@@ -283,7 +297,7 @@ def test_a_port_that_runs_the_code_of_upstream_is_told_in_a_note(
 
 
 def test_there_are_as_many_pathologies_as_the_documentation_says() -> None:
-    assert len(PATHOLOGIES) >= 60
+    assert len(PATHOLOGIES) >= 74
 
 
 def test_the_run_goes_on_after_every_pathology() -> None:

@@ -36,7 +36,7 @@ def test_the_source_is_the_line_of_the_model_not_of_torch() -> None:
 def test_the_source_of_a_leaf_in_a_chain_is_its_forward() -> None:
     operation = next(op for op in traced(fl.Chain(fl.LayerNorm(8))).operations if "norm" in op.name)
     assert operation.source is not None
-    assert operation.source.file.endswith("normalization.py")
+    assert operation.source.file.endswith("norm.py")
 
 
 def test_values_that_flow_from_one_operation_to_another_have_one_number() -> None:

@@ -224,9 +224,9 @@ def test_upstreams_own_init_is_the_same_in_every_lane() -> None:
 
     for lane in case.lanes:
         assert result_of(make_case(init="upstream", run_port=spy), lane).verdict is Verdict.BITWISE
-    assert len(seen) == 4 * 4  # once, with moved weights, once more, and for its dtypes
-    assert torch.equal(seen[0].float(), seen[4])
-    assert torch.equal(seen[4].bfloat16(), seen[8])
+    assert len(seen) == 5 * 4  # once, without gradients, with moved weights, once more, and for its dtypes
+    assert torch.equal(seen[0].float(), seen[5])
+    assert torch.equal(seen[5].bfloat16(), seen[10])
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
 

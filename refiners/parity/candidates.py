@@ -1,0 +1,264 @@
+"""Single changes of a program, one of which may be what is wrong with it.
+
+Each is a text that completes "equal …", an edit, and what it is of: two changes of one thing are one cause. Nothing
+here knows whether a change is right: that is tried (`refiners.parity.trial`).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refiners.parity import flow, unlike
+from refiners.parity.operations import Operation
+from refiners.parity.replay import HUGE, Change, Edit, Program, left_out, scalars, with_arguments, with_scalar
+from refiners.parity.trial import Making
+
+NUMBERS = (1e4, 1e5, 5e5, 1e6, 1e3, 5e3, 0.5, 1.0, 2.0, 0.0, 1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
+DEEPEST = 3
+MOST_TRIED = 600
+MOST_LEAVES = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A change."""
+
+    text: str
+    making: Making
+    key: object
+    """Of all that hold with one key the first is told."""
+
+
+def exchanged(port: Program) -> Iterator[Candidate]:
+    """Two of the values that the port starts from stand in each other's place."""
+    leaves = sorted(number for number in port.leaves() if port.values[number].is_floating_point())[:MOST_LEAVES]
+    for a, b in itertools.combinations(leaves, 2):
+        if port.values[a].shape == port.values[b].shape and port.root not in (a, b):
+            text = f"when {name_of_value(port, a)} and {name_of_value(port, b)} are exchanged"
+            yield Candidate(text, _exchange(a, b), (a, b))
+
+
+def _exchange(a: int, b: int) -> Making:
+    def making(port: Program, upstream: Program) -> Edit:
+        first, second = port.values[a], port.values[b]
+        return Edit(values={a: lambda _: second, b: lambda _: first})
+
+    return making
+
+
+def put(pairs: Sequence[tuple[int, int]]) -> Making:
+    """Values of upstream's in the place of values of the port's."""
+
+    def making(port: Program, upstream: Program) -> Edit:
+        right = {a: shaped(upstream.values[b], port.values[a]) for a, b in pairs}
+        return Edit(values={a: lambda _, value=value: value for a, value in right.items()})
+
+    return making
+
+
+def shaped(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the shape of another one, heads and positions in its order if they are in the other one."""
+    if value.shape != like.shape and value.ndim == like.ndim == 4 and value.transpose(1, 2).shape == like.shape:
+        return value.transpose(1, 2)
+    return value.reshape_as(like)
+
+
+def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Candidate]:
+    """Another number or flag, or an operation less.
+
+    Receives:
+        program: to change.
+        numbers: that are tried as well.
+    """
+    tried = 0
+    for group in _groups(program):
+        operation = group[0]
+        at = f"{operation.source}"
+        if operation.inputs and not unlike.is_move(operation):
+            text = f"without {flow.told(operation)} at {at}{residual(group, 'a residual too much')}"
+            yield Candidate(text, _everywhere(group, left_out), (operation.name, at, len(group)))
+        for path, value, new in _scalars(operation, numbers):
+            tried += 1
+            if tried > MOST_TRIED:
+                return
+            name = _argument_of(operation, path)
+            text = f"when in `{flow.name_of(operation)}` at {at} {name} is {flow.number(new)}, not {flow.number(value)}"
+            yield Candidate(text, _everywhere(group, _with(path, new)), (operation.name, at, path))
+
+
+def residual(operations: Sequence[Operation], what: str) -> str:
+    """Says so where an operation adds two values of one shape."""
+    return f" ({what})" if any(map(flow.is_residual, operations)) else ""
+
+
+def _with(path: tuple[object, ...], new: object) -> Change:
+    def change(operation: Operation, given: list[Tensor]) -> object:
+        return with_arguments(operation, with_scalar(operation.template, path, new), given)
+
+    return change
+
+
+def _groups(program: Program) -> Iterator[list[Operation]]:
+    """Operations of one name at one line, which change together; then each by itself."""
+    lines: dict[tuple[str, str], list[Operation]] = {}
+    for operation in reversed(program.operations):
+        lines.setdefault((operation.name, str(operation.source)), []).append(operation)
+    yield from lines.values()
+    yield from ([operation] for group in lines.values() if len(group) > 1 for operation in group)
+
+
+def _everywhere(group: Sequence[Operation], change: Change) -> Making:
+    return lambda port, upstream: Edit(changes={operation.index: change for operation in group})
+
+
+def signs(program: Program, *, made: bool = False) -> Iterator[Candidate]:
+    """Another mask, or a value of the other sign: of those that it starts from, or that it makes."""
+    for number in program.made if made else sorted(program.leaves()):
+        value, name = program.values[number], name_of_value(program, number)
+        if value.dtype == torch.bool and value.ndim > 1 and number not in program.made:
+            for words, change in _MASKS.items():
+                yield Candidate(f"when the mask {name} {words}", _to_value(number, change), number)
+        if value.is_floating_point() and value.numel() > 1 and not bool((value.abs() >= HUGE).any()):
+            yield Candidate(f"when {name} is of the other sign", _to_value(number, Tensor.neg), number)
+
+
+def _to_value(number: int, change: Callable[[Tensor], Tensor]) -> Making:
+    return lambda port, upstream: Edit(values={number: change})
+
+
+_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "is causal: a position sees itself and those before it": lambda mask: torch.ones_like(mask).tril(),
+    "is inverted": lambda mask: ~mask,
+    "is transposed": lambda mask: mask.transpose(-1, -2),
+    "hides nothing": torch.ones_like,
+}
+
+
+def _scalars(
+    operation: Operation, numbers: set[bool | int | float]
+) -> Iterator[tuple[tuple[object, ...], object, object]]:
+    if "as_strided" in operation.name:
+        return  # it reads wherever it is told
+    for path, value in scalars(operation.template):
+        for new in _others(value, numbers):
+            yield path, value, new
+    names = {argument.name for argument in operation.function._schema.arguments}
+    if operation.name.startswith("aten._scaled_dot_product") or operation.name == "aten.scaled_dot_product_attention":
+        size = operation.tensors[0][1][-1]
+        given = operation.template[1]
+        for scale in (size**-0.5, 1.0, 1.0 / size, (size * operation.tensors[0][1][1]) ** -0.5):
+            if "scale" in names and given.get("scale") != scale:
+                yield (1, "scale"), given.get("scale"), scale
+
+
+def _others(value: object, numbers: set[bool | int | float]) -> list[object]:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        near = [value + 1, value - 1, -value, -1, -2, *(n for n in numbers if type(n) is int)]
+        return [n for n in dict.fromkeys(near) if n != value]
+    assert isinstance(value, float)
+    known = [
+        *(n for n in numbers if isinstance(n, float)),
+        *(n for n in NUMBERS if _is_near(n, value)),
+        *(math.log(n) for n in (1e4, 1e5, 1e3) if abs(value) > 5),
+        1 / value if value else 1.0,
+    ]
+    return [n for n in dict.fromkeys([-value, *known, *(-n for n in known)]) if n != value]
+
+
+def _is_near(number: float, value: float) -> bool:
+    """Whether one may stand for the other: a base for a base, an eps for an eps."""
+    if number >= 100:
+        return abs(value) >= 100
+    return abs(value) < 0.1 if 0 < number < 0.1 else True
+
+
+def _argument_of(operation: Operation, path: tuple[object, ...]) -> str:
+    first, second, *rest = path
+    if first == 1:
+        return f"`{second}`"
+    names = [argument.name for argument in operation.function._schema.arguments]
+    assert isinstance(second, int)
+    return f"`{names[second]}[{rest[0]}]`" if rest else f"`{names[second]}`"
+
+
+# Tables of angles
+
+
+def bases(port: Program, upstream: Program) -> Iterator[Candidate]:
+    """The base of rotary positions or sinusoids, read from the frequencies of both sides."""
+    ours, theirs = _bases(port), _bases(upstream)
+    for (here, given), (there, right) in itertools.product(ours.items(), theirs.items()):
+        if given != right and port.values[here].numel() == upstream.values[there].numel():
+            text = f"when the base of the frequencies is {right:g}: here it is {given:g}"
+            yield Candidate(text, put([(here, there)]), text)
+
+
+def _bases(program: Program) -> dict[int, float]:
+    found = ((number, base_of(value)) for number, value in program.values.items())
+    return {number: base for number, base in found if base is not None}
+
+
+def base_of(values: Tensor) -> float | None:
+    """The base b of frequencies b^(-i/n) for i from 0 to n - 1; None for values that are something else."""
+    flat = values.squeeze()
+    if not flat.is_floating_point() or flat.ndim != 1 or flat.numel() < 2 or float(flat[0]) != 1.0:
+        return None
+    ratio = flat[1:].to(torch.float64) / flat[:-1].to(torch.float64)
+    if (
+        not bool((ratio > 0).all())
+        or bool((ratio >= 1).any())
+        or float(ratio.max() - ratio.min()) > float(ratio[0]) / 1e5
+    ):
+        return None
+    base = float(ratio[0]) ** -flat.numel()
+    return float(f"{base:.4g}")
+
+
+# Words
+
+
+def name_of_value(program: Program, number: object, depth: int = DEEPEST) -> str:
+    """A value of a program as an expression."""
+    assert isinstance(number, int)
+    found = program.made.get(number)
+    if found is None and number in program.names:
+        return f"`{program.names[number]}`"
+    if found is None:
+        before = _before_moves(program, number)
+        if before in program.names:
+            return f"`{program.names[before]}`"
+        paths = {call.path for call in program.trace.calls if call.path}
+        return flow.origin(program.trace, number, paths) or "a value"
+    if depth == 0:
+        return "…"
+    operation = found[0]
+    if unlike.is_move(operation) and operation.inputs:
+        return name_of_value(program, operation.inputs[0], depth)
+    inner = [_laid_out(program, operation, n) or name_of_value(program, n, depth - 1) for n in operation.inputs]
+    return f"{flow.name_of(operation)}({', '.join([*inner, *_plain(operation)])})"
+
+
+def _before_moves(program: Program, number: int) -> int:
+    """What a value was before it was cut and put into shape."""
+    made = program.trace_made
+    while number in made and made[number].is_view and len(made[number].inputs) == 1:
+        number = made[number].inputs[0]
+    return number
+
+
+def _laid_out(program: Program, operation: Operation, number: int) -> str:
+    """What an operation moves the axes of, if it was put into that shape just before."""
+    made = program.made.get(number)
+    if made is None or made[0].name != "aten.view" or operation.name not in ("aten.permute", "aten.transpose"):
+        return ""
+    return f"{name_of_value(program, made[0].inputs[0], 1)} in the shape {list(made[0].template[0][1])}"
+
+
+def _plain(operation: Operation) -> Sequence[str]:
+    return [flow.number(value) for _, value in scalars(operation.template)][:5]

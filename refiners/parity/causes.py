@@ -1,0 +1,388 @@
+"""Why the port's way between known values is not upstream's, where no module stands for the fault.
+
+The ways of both sides are run again as programs (`refiners.parity.replay`). Changes are tried on the port's: another
+number, a flag, an operation less, values exchanged or negated, what `refiners.parity.unlike` finds when it holds both
+together; then on upstream's, until it makes the port's value, which says what the port does. A cause is told only if
+
+- the program of each side, as it is, makes the very bits that the model made;
+- the two differ in float64 by more than rounding, and than tables that one side holds in float32;
+- with the change, and nothing more, they are equal in float64, on two draws (`refiners.parity.trial`).
+
+Of causes as simple as each other all are told, if they are few; if they are many, none.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from refiners.parity import candidates, flow, unlike
+from refiners.parity.candidates import MOST_TRIED, Candidate, name_of_value, residual
+from refiners.parity.fingerprint import Sketch
+from refiners.parity.hypotheses import ACTIVATIONS
+from refiners.parity.operations import Operation, tensors_in
+from refiners.parity.replay import (
+    Change,
+    Edit,
+    Program,
+    coarsely,
+    is_close,
+    is_same,
+    left_out,
+    makes_bits,
+    natively,
+    scalars,
+    with_arguments,
+)
+from refiners.parity.trial import Making, Trial, limited
+
+LONGEST = 8
+"""Operations of an expression that is told."""
+MOST_TOLD = 3
+"""Differences that are told together, and causes that are told as alternatives."""
+
+ONLY_ROUNDING = "within rounding: in float64 both sides compute the same here, and differ in an order or a cast"
+"""Of a value that both sides make alike."""
+
+SECONDS = 5.0
+"""Of the processor, for the changes that are tried on one difference."""
+
+FAR = 1000.0
+"""How far apart values must be, in units of rounding, for a change to be told that brings them together coarsely."""
+
+
+def why(port: Program, upstream: Program, until: float = math.inf) -> str:
+    """What makes the port's value upstream's, completing "equal …"; "" when nothing simple does.
+
+    Receives:
+        port, upstream: how both sides make the value.
+        until: the time, of the monotonic clock, when the search ends.
+    """
+    with limited(until, SECONDS):
+        try:
+            if not (port.is_faithful() and upstream.is_faithful()):
+                return ""
+            if is_rounding_of_float32(port, upstream):
+                return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else "")
+            trial = Trial(port, upstream)
+            told = _why(trial)
+            with coarsely():
+                sketches = port.sketches[port.root], upstream.sketches[upstream.root]
+                return told if told or is_same(*sketches, times=FAR) else _why(trial)
+        except Exception:  # an operation that does not take float64, a value that was not seen, or the end of the time
+            return ""
+
+
+def is_rounding(port: Program, upstream: Program) -> bool:
+    """Whether both make one value, when all is computed in float64."""
+    return is_close(port.values[port.root], upstream.values[upstream.root])
+
+
+def is_rounding_of_float32(port: Program, upstream: Program) -> bool:
+    """The same, or no more lies between both than tables that are held in float32."""
+    with coarsely():
+        return is_rounding(port, upstream)
+
+
+def _bitwise(port: Program, upstream: Program) -> str:
+    """What gives upstream's very bits, where nothing but rounding lies between."""
+    numbers = {value for op in upstream.operations for _, value in scalars(op.template)}
+    found: dict[object, str] = {}
+    with natively():
+        for one in candidates.changed(port, numbers):
+            if one.key not in found and makes_bits(port, one.making(port, upstream), upstream):
+                found[one.key] = one.text
+    return ", or ".join(found.values()) if len(found) <= MOST_TOLD else ""
+
+
+def _why(trial: Trial) -> str:
+    if is_rounding(trial.port, trial.upstream):
+        return ""
+    told = _first(trial, candidates.bases(trial.port, trial.upstream)) or _activation(trial)
+    if not told and _first(trial, candidates.exchanged(trial.port)):
+        told = _alternatives(trial, _of_leaves(trial))
+    if told:
+        return told
+    found = [one for one in unlike.differences(trial.port, trial.upstream) if not _is_a_move(one)]
+    is_plain = "instead" not in {one.kind for one in found}
+    told = _told(trial, found) if is_plain else ""
+    told = told or _alternatives(trial, _of_leaves(trial))
+    told = told or _one_change(trial, found) or ("" if is_plain else _told(trial, found))
+    return told or _in_the_place_of_another(trial)
+
+
+def _of_leaves(trial: Trial) -> Iterator[Candidate]:
+    return itertools.chain(candidates.exchanged(trial.port), candidates.signs(trial.port))
+
+
+def _first(trial: Trial, tried: Iterable[Candidate], *, of_upstream: bool = False) -> str:
+    return next((one.text for one in tried if trial.holds(one.making, of_upstream=of_upstream)), "")
+
+
+def _alternatives(trial: Trial, tried: Iterable[Candidate], *, of_upstream: bool = False) -> str:
+    """All candidates that hold; nothing if they are many."""
+    found: dict[object, str] = {}
+    for one in tried:
+        if one.key not in found and trial.holds(one.making, of_upstream=of_upstream):
+            found[one.key] = one.text
+            if len(found) > MOST_TOLD:
+                return ""
+    return ", or ".join(dict.fromkeys(found.values()))
+
+
+# One change
+
+
+def _one_change(trial: Trial, found: Sequence[unlike.Other]) -> str:
+    parts = [(one.port, one.upstream) for one in found if one.kind == "instead"]
+    roots = [(a, b) for a, b in parts if isinstance(a, int) and isinstance(b, int)]
+    whole = trial.port.root, trial.upstream.root
+    for pair in dict.fromkeys([*roots[:1], whole] if len(found) <= 1 else [whole]):
+        part = trial if pair == whole else trial.part(*pair)
+        told = _activation(part) or _changed(part)
+        if told and (part is trial or trial.holds(candidates.put([pair]))):
+            return told
+    return ""
+
+
+def _activation(trial: Trial) -> str:
+    """Both sides are functions of one value, known by name."""
+    names: list[str] = []
+    for side in (1, 0):
+        programs = [draw[side] for draw in trial.draws]
+        if any(len(program.leaves()) != 1 or not program.operations for program in programs):
+            return ""
+        names += [name for name in ACTIVATIONS if all(_is_function(program, name) for program in programs)][:1]
+    return f"when the activation is {names[0]}: here it is {names[1]}" if len(names) == 2 else ""
+
+
+def _is_function(program: Program, name: str) -> bool:
+    return is_close(program.values[program.root], ACTIVATIONS[name](program.values[next(iter(program.leaves()))]))
+
+
+def _changed(trial: Trial) -> str:
+    """One number, flag, sign or operation of the port, else of upstream, is another."""
+    port, upstream = (
+        {value for op in program.operations for _, value in scalars(op.template)}
+        for program in (trial.port, trial.upstream)
+    )
+    told = _alternatives(trial, candidates.changed(trial.port, upstream))
+    told = told or _first(trial, candidates.signs(trial.port, made=True))
+    there = (replace(one, text=_of_upstream(one.text)) for one in candidates.changed(trial.upstream, port))
+    return told or _alternatives(trial, there, of_upstream=True)
+
+
+def _of_upstream(text: str) -> str:
+    if text.startswith("without "):
+        return f"when it computes {text.removeprefix('without ')} as well, as upstream does"
+    return f"as upstream: the port's value is what upstream's is {text}"
+
+
+# Several differences
+
+
+def _told(trial: Trial, found: Sequence[unlike.Other]) -> str:
+    keys = dict.fromkeys(one.key for one in found)
+    if not found or len(keys) > unlike.MOST_CHANGES or not _mend(trial, found):
+        return ""
+    for key in keys:
+        rest = [one for one in found if one.key != key]
+        found = rest if rest and _mend(trial, rest) else found
+    replaced = [(one.port, one.upstream) for one in found if one.kind == "instead"]
+    turned = [(a, b) for a, b in replaced if isinstance(a, int) and isinstance(b, int)]
+    layouts = flow.rope_layouts(*_operations_of(trial, turned)) if len(turned) == len(found) else ""
+    if layouts:
+        return layouts
+    found = list({one.key: one for one in reversed(found)}.values())[::-1]
+    pairs = unlike.exchanges(found, lambda a, b: all(is_same(p.sketches[a], u.sketches[b]) for p, u in trial.draws))
+    if pairs:
+        named = [f"{name_of_value(trial.port, a)} and {name_of_value(trial.port, b)}" for a, b in pairs]
+        return f"when {' as well as '.join(named)} are exchanged"
+    if len(found) > MOST_TOLD and any(one.kind != "arguments" for one in found):
+        return ""
+    texts = [*_chains(found), *(_difference(trial, one) for one in found if one.kind not in _CHAINS)]
+    return "; ".join(dict.fromkeys(texts)) if all(texts) else ""
+
+
+def _mend(trial: Trial, found: Sequence[unlike.Other]) -> bool:
+    """Whether differences, undone, leave none: everywhere, or for one that reads the values."""
+    lacking = [one.port for one in found if one.kind == "missing"]
+    most = max((len(_readers(trial.port, number)) for number in lacking), default=0)
+    return any(trial.holds(_undone(found, reader)) for reader in (None, *range(most)))
+
+
+def _readers(program: Program, number: object) -> list[tuple[int, int]]:
+    return [(op.index, place) for op in program.operations for place, one in enumerate(op.inputs) if one == number]
+
+
+def _undone(found: Sequence[unlike.Other], reader: int | None) -> Making:
+    def making(port: Program, upstream: Program) -> Edit:
+        changes: dict[int, Change] = {}
+        pairs: list[tuple[int, int]] = []
+        values: dict[int, Callable[[Tensor], Tensor]] = {}
+        reads: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
+        for one in found:
+            match one:
+                case unlike.Other("arguments", Operation() as here, Operation() as there):
+                    changes[here.index] = lambda op, given, like=there: with_arguments(op, like.template, given)
+                case unlike.Other("extra", Operation() as here):
+                    changes[here.index] = left_out
+                case unlike.Other("instead", int() as here, int() as there):
+                    pairs.append((here, there))
+                case unlike.Other("missing", int() as here, Operation() as there):
+                    after = _after(upstream, there, one.through)
+                    if reader is None:
+                        values[here] = after
+                    else:
+                        reads[_readers(port, here)[reader]] = after
+                case _:
+                    raise ValueError(one)
+        values |= candidates.put(pairs)(port, upstream).values
+        return Edit(changes, values, reads)
+
+    return making
+
+
+def _after(upstream: Program, operation: Operation, through: int) -> Callable[[Tensor], Tensor]:
+    """What an operation of upstream's makes of a value of the port's."""
+
+    def made(value: Tensor) -> Tensor:
+        passing = value.reshape_as(upstream.values[through])
+        given = [passing if number == through else upstream.values[number] for number in operation.inputs]
+        result = tensors_in(with_arguments(operation, operation.template, given))[0]
+        return result.reshape_as(value) if result.numel() == value.numel() else result
+
+    return made
+
+
+_CHAINS = ("missing", "extra")
+
+
+def _sides(found: Sequence[unlike.Other]) -> tuple[list[Operation], list[Operation]]:
+    few = [one.upstream for one in found if one.kind == "missing" and isinstance(one.upstream, Operation)]
+    return few, [one.port for one in found if one.kind == "extra" and isinstance(one.port, Operation)]
+
+
+def _is_moved(found: Sequence[unlike.Other]) -> bool:
+    """Whether what is missing at one place is too much at another."""
+    few, many = _sides(found)
+    return sorted(op.name for op in few) == sorted(op.name for op in many)
+
+
+def _chains(found: Sequence[unlike.Other]) -> Iterator[str]:
+    """Operations too few and too many, each kind in one sentence."""
+    few, many = _sides(found)
+    if few and _is_moved(found):
+        yield f"when it computes {_list(few)} of the other value: here {_list(many)}"
+        return
+    if few:
+        yield f"when it computes {_list(few)} as well, as upstream does{residual(few, 'a missing residual')}"
+    if many:
+        yield f"without {_list(many)}{residual(many, 'a residual too much')}"
+
+
+def _list(operations: Sequence[Operation]) -> str:
+    return ", ".join(f"{flow.told(operation)} at {operation.source}" for operation in operations)
+
+
+def _is_a_move(one: unlike.Other) -> bool:
+    operation = one.upstream if one.kind == "missing" else one.port if one.kind == "extra" else None
+    return isinstance(operation, Operation) and unlike.is_move(operation)
+
+
+def _difference(trial: Trial, one: unlike.Other) -> str:
+    match one:
+        case unlike.Other("arguments", Operation() as here, Operation() as there):
+            given, right = unlike.plain_arguments(here), unlike.plain_arguments(there)
+            names = [name for name in right if right[name] != given.get(name)]
+            apart = [f"`{n}` is {flow.number(right[n])}, not {flow.number(given.get(n))}" for n in names]
+            told = " and ".join(apart) or f"it is {flow.told(there)}"
+            return f"when in `{flow.name_of(here)}` at {here.source} {told}"
+        case unlike.Other("instead", int() as here, int() as there):
+            return _instead(trial, here, there)
+        case _:
+            return ""
+
+
+def _in_the_place_of_another(trial: Trial) -> str:
+    """One value of upstream's mends the port where it takes the place of one of the port's, or those of one line do."""
+    port, upstream = trial.port, trial.upstream
+    theirs = _lines(upstream)
+    tried = 0
+    for ours in _lines(port):
+        for values in theirs:
+            pairs = list(zip(ours, values, strict=False))
+            fits = len(ours) == len(values) and all(port.sketches[a][0] == upstream.sketches[b][0] for a, b in pairs)
+            if not fits or upstream.root in values or all(_is_alike(trial, *pair) for pair in pairs):
+                continue
+            tried += 1
+            if tried > MOST_TRIED:
+                return ""
+            if trial.holds(candidates.put(pairs)):
+                return _instead_of_line(trial, pairs)
+    return ""
+
+
+def _instead_of_line(trial: Trial, pairs: Sequence[tuple[int, int]]) -> str:
+    """In words what one line makes, or a value that a program starts from."""
+    parts = [(trial.port.part(a), trial.upstream.part(b)) for a, b in pairs]
+    if len({(len(ours.operations), len(theirs.operations)) for ours, theirs in parts}) == 1:
+        return _instead(trial, *pairs[0])
+    ours, theirs = _operations_of(trial, pairs)
+    here, there = ours[-1], theirs[-1]
+    made = f"what `{flow.name_of(there)}` at {there.source} of upstream makes"
+    told = f"when what `{flow.name_of(here)}` at {here.source} makes is {made}"
+    return flow.rope_layouts(ours, theirs) or told
+
+
+def _is_alike(trial: Trial, here: int, there: int) -> bool:
+    first, second = trial.port.values[here], trial.upstream.values[there]
+    return first.shape == second.shape and is_close(first, second)
+
+
+def _lines(program: Program) -> list[tuple[int, ...]]:
+    """The values that a program starts from, then those that it makes, several at once where one line makes them."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for number, (operation, _) in program.made.items():
+        if program.values[number].is_floating_point() and not unlike.is_move(operation):
+            lines.setdefault((operation.name, str(operation.source)), []).append(number)
+    found = [(n,) for n in sorted(program.leaves()) if program.values[n].is_floating_point()]
+    groups = sorted(lines.values(), key=lambda group: program.made[group[0]][0].index)
+    for group in groups:
+        found += [tuple(group), *((number,) for number in group if len(group) > 1)]
+    return found
+
+
+def _operations_of(trial: Trial, pairs: Sequence[tuple[int, int]]) -> tuple[list[Operation], list[Operation]]:
+    ours = [operation for a, _ in pairs for operation in trial.port.part(a).operations]
+    return ours, [operation for _, b in pairs for operation in trial.upstream.part(b).operations]
+
+
+def _instead(trial: Trial, here: int, there: int) -> str:
+    port, upstream = trial.port, trial.upstream
+    ours, theirs = port.part(here).operations, upstream.part(there).operations
+    layouts = flow.rope_layouts(ours, theirs)
+    if layouts and len(ours) + len(theirs) <= 3 * LONGEST:
+        return layouts
+    if here == port.root and there == upstream.root and ours and theirs and len(ours) + len(theirs) > LONGEST // 2:
+        return ""
+    source = f" (upstream at {theirs[-1].source})" if theirs else ""
+    names = _on_the_way(upstream.part(there), port.sketches[here])
+    if 0 < len(names) <= LONGEST:
+        return f"when {name_of_value(port, here)} goes through upstream's {', '.join(names)} first{source}"
+    if len(ours) > LONGEST or len(theirs) > LONGEST:
+        return ""
+    return f"when {name_of_value(upstream, there)}{source} is in the place of {name_of_value(port, here)}"
+
+
+def _on_the_way(upstream: Program, start: tuple[int, Sketch]) -> list[str]:
+    """The names of upstream's operations that a value goes through; nothing if upstream does not start from it."""
+    reached = {number for number in upstream.leaves() if is_same(upstream.sketches[number], start)}
+    names: list[str] = []
+    for operation in upstream.operations:
+        if reached.intersection(operation.inputs):
+            reached.update(number for number in operation.outputs if number is not None)
+            names += [] if unlike.is_move(operation) else [flow.name_of(operation)]
+    return list(dict.fromkeys(names))
