@@ -44,7 +44,9 @@ class Climbing(fl.Chain):
     """Looks for its root in every forward, so that a level costs more the deeper it lies."""
 
     def forward(self, *args: Any) -> Any:
-        self.get_parents()
+        above = self.parent
+        while above is not None:
+            above = above.parent
         return super().forward(*args)
 
 

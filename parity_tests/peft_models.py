@@ -148,6 +148,8 @@ def as_chain(model: nn.Module) -> fl.Chain:
 class Layers(nn.Module):
     """Every geometry of a Conv2d that peft computes, a Conv1d, and Linear with and without bias."""
 
+    upstream_package = "peft"
+
     def __init__(self) -> None:
         super().__init__()
         self.strided = nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1)

@@ -374,7 +374,21 @@ def _instead(trial: Trial, here: int, there: int) -> str:
         return f"when {name_of_value(port, here)} goes through upstream's {', '.join(names)} first{source}"
     if len(ours) > LONGEST or len(theirs) > LONGEST:
         return ""
+    if (
+        ours
+        and theirs
+        and _inputs_are_alike(trial, ours[-1], theirs[-1])
+        and (told := flow.not_given(ours[-1], theirs[-1]))
+    ):
+        return told
     return f"when {name_of_value(upstream, there)}{source} is in the place of {name_of_value(port, here)}"
+
+
+def _inputs_are_alike(trial: Trial, ours: Operation, theirs: Operation) -> bool:
+    """Whether what the port gives to an operation is what upstream gives, as far as it gives any."""
+    pairs = list(zip(ours.inputs, theirs.inputs, strict=False))
+    known = all(a in trial.port.values and b in trial.upstream.values for a, b in pairs)
+    return known and all(_is_alike(trial, a, b) for a, b in pairs)
 
 
 def _on_the_way(upstream: Program, start: tuple[int, Sketch]) -> list[str]:

@@ -95,6 +95,16 @@ def unlike(ours: Operation, theirs: Operation) -> str:
     return f"when in `{name_of(ours)}` {' and '.join(_argument(n, here.get(n), there.get(n)) for n in apart)}"
 
 
+def not_given(ours: Operation, theirs: Operation) -> str:
+    """The one tensor that upstream gives to an operation and the port does not, if that is all."""
+    if ours.function is not theirs.function:
+        return ""
+    here, there = _arguments(ours), _arguments(theirs)
+    apart = [name for name in {**there, **here} if type(here.get(name)) is not type(there.get(name))]
+    is_one = len(apart) == 1 and isinstance(there.get(apart[0]), _Tensor) and apart[0] not in here
+    return f"when in `{name_of(ours)}` {_argument(apart[0], None, there[apart[0]])}" if is_one else ""
+
+
 def _exchanged(names: list[str], here: dict[str, Any], there: dict[str, Any]) -> str:
     """The same tensors, at other places."""
     one = names[0]
