@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.engine.contestants import Growth, Pair, frozen_garbage
-from benchmarks.engine.counts import operations, python_calls
+from benchmarks.engine.counts import CHECKOUT, operations, place, python_calls
 from benchmarks.engine.figures import Interval, LimitError, Verdict, bootstrap, exact, measure
 from benchmarks.engine.memory import mapped_bytes
 from refiners.fluxion.utils import load_from_safetensors, save_to_safetensors
@@ -160,3 +160,18 @@ def test_only_mapped_tensors_count_as_mapped(tmp_path: Path) -> None:
     save_to_safetensors(path, {"a": torch.ones(1000), "b": torch.ones(10)})
     tensors = load_from_safetensors(path)
     assert mapped_bytes([tensors["a"], tensors["b"].clone()], path) == 4000
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (CHECKOUT / "refiners" / "errors.py", "refiners/errors.py"),
+        (
+            CHECKOUT / ".nox" / "environment" / "lib" / "python3.11" / "site-packages" / "torch" / "hub.py",
+            "torch/hub.py",
+        ),
+        (Path("/usr/lib/site-packages/torch/hub.py"), "torch/hub.py"),
+    ],
+)
+def test_a_file_is_called_the_same_wherever_its_environment_lies(path: Path, told: str) -> None:
+    assert place(str(path)) == told

@@ -69,11 +69,15 @@ def _name_of_c(called: Any) -> str:
 def place(path: str) -> str:
     """A file as it is called on every machine: below the checkout, or below the folder of installed packages."""
     parts = Path(path).parts
-    if path.startswith(str(CHECKOUT)):
-        return Path(path).relative_to(CHECKOUT).as_posix()
-    for folder in ("site-packages", "dist-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}"):
+    # First: an environment may lie below the checkout, as that of nox does.
+    for folder in ("site-packages", "dist-packages"):
         if folder in parts:
             return Path(*parts[parts.index(folder) + 1 :]).as_posix()
+    if path.startswith(str(CHECKOUT)):
+        return Path(path).relative_to(CHECKOUT).as_posix()
+    library = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    if library in parts:
+        return Path(*parts[parts.index(library) + 1 :]).as_posix()
     return Path(path).name if path.startswith("/") else path
 
 
