@@ -97,7 +97,7 @@ def attach_and_print(subject: tuple[Any, Any]) -> None:
 
 
 TIMED: dict[str, Callable[[], Contest]] = {
-    "flat": lambda: framework.against_sequential(subjects.flat, 1.00, Careful),
+    "flat": lambda: framework.against_sequential(subjects.flat, 0.85, Careful),
     "binary": lambda: framework.against_sequential(subjects.binary, 1.05, Careful),
     "spine": lambda: framework.against_sequential(subjects.spine, 1.05, Climbing),
     "depth": lambda: framework.forward_by_depth(Climbing),
