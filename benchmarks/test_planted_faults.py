@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -23,7 +23,7 @@ BUDGET = 1.0
 
 
 class Careful(fl.Chain):
-    """Calls each layer through a method that looks it up by its name, and names what fails."""
+    """Calls each layer through a method that looks it up by its name, and has a message ready should it fail."""
 
     def forward(self, *args: Any) -> Any:
         for name, _ in self.named_layers():
@@ -31,10 +31,11 @@ class Careful(fl.Chain):
         return args[0]
 
     def _call(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        message = f"{name} of {', '.join(self._modules)} failed."
         try:
             return self._as_tuple(self.layer(name)(*args))
         except RuntimeError as error:
-            raise RuntimeError(name) from error
+            raise RuntimeError(message) from error
 
     def _as_tuple(self, output: Any) -> tuple[Any, ...]:
         return output if isinstance(output, tuple) else (output,)
@@ -48,6 +49,24 @@ class Climbing(fl.Chain):
         while above is not None:
             above = above.parent
         return super().forward(*args)
+
+
+class Logging(fl.Chain):
+    """Copies a list that is longer the deeper it lies.
+
+    In one call of C: where a chunk of CPython's stack ends, every call of Python costs a system call, and depths that
+    happen to meet it look slow.
+    """
+
+    log: ClassVar[list[Any]] = []
+
+    def forward(self, *args: Any) -> Any:
+        before = Logging.log
+        Logging.log = before + [self] * 500
+        try:
+            return super().forward(*args)
+        finally:
+            Logging.log = before
 
 
 class Copying(fl.Chain):
@@ -91,7 +110,7 @@ def attach_and_search(subject: tuple[Any, Any]) -> None:
 
 
 def attach_and_print(subject: tuple[Any, Any]) -> None:
-    for _ in range(6):
+    for _ in range(30):
         repr(subject[0])
     subjects.attach_loras(subject)
 
@@ -100,7 +119,7 @@ TIMED: dict[str, Callable[[], Contest]] = {
     "flat": lambda: framework.against_sequential(subjects.flat, 0.85, Careful),
     "binary": lambda: framework.against_sequential(subjects.binary, 1.05, Careful),
     "spine": lambda: framework.against_sequential(subjects.spine, 1.05, Climbing),
-    "depth": lambda: framework.forward_by_depth(Climbing),
+    "depth": lambda: framework.forward_by_depth(Logging),
     "append": lambda: framework.append(Naming, n=150),
     "inject_and_eject": lambda: framework.inject_and_eject(Searching, n=100),
     "loras": lambda: framework.attach(attach_and_search, n=200),

@@ -1,5 +1,11 @@
-"""What `torch.compile` makes of a model: how many graphs, where it breaks off, and what makes it compile again."""
+"""What `torch.compile` makes of a model: how many graphs, where it breaks off, and what makes it compile again.
 
+Why is told by the same runs that count. Asking once more, under `fullgraph=True` or `error_on_recompile`, would be
+simpler, but an error while compiling leaves torch 2.13's evaluator of frames in the process for good: from then on
+CPython copies the arguments of every call, and what a caller has let go of lives on until the call returns.
+"""
+
+import logging
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -10,11 +16,12 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo.symbolic_convert import graph_break_log
 from torch._dynamo.utils import counters
 
 # Calls after the first: none of them may need a graph of its own.
 AGAIN = 2
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+_BREAK = re.compile(r"in user code at (?P<file>.+):(?P<line>\d+)\nGraph Break Reason: (?P<reason>.*)")
 _CHILD = re.compile(r"\.(?:__dict__\[')?_modules(?:'\])?\['([^']+)'\]")
 
 
@@ -35,7 +42,8 @@ def compiling(model: nn.Module, act: Callable[[], object]) -> Compiled:
     The backend runs each graph as it is: what is counted is decided before any kernel is generated.
     """
     graphs: list[Any] = []
-    with _compiled(model, graphs):
+    failed_guards: list[str] = []
+    with _compiled(model, graphs, failed_guards), _told_breaks() as breaks:
         counters.clear()
         act()
         found = Compiled(graphs=len(graphs), breaks=sum(counters["graph_break"].values()))
@@ -43,20 +51,21 @@ def compiling(model: nn.Module, act: Callable[[], object]) -> Compiled:
             act()
         found.recompilations = len(graphs) - found.graphs
     if found.breaks:
-        found.why.append(f"breaks at {_where_it_breaks(model, act)}")
+        found.why.append(f"breaks at {_where_it_breaks(model, breaks)}")
     if found.recompilations:
-        found.why.append(f"compiled again because {_why_again(model, act)}")
+        found.why.append(f"compiled again because {_guard(failed_guards)}")
     return found
 
 
 @contextmanager
-def _compiled(model: nn.Module, graphs: list[Any], **options: Any) -> Generator[None]:
+def _compiled(model: nn.Module, graphs: list[Any], failed_guards: list[str]) -> Generator[None]:
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    model.compile(backend=backend, **options)
+    compiled: Any = torch._dynamo.optimize(backend, guard_fail_fn=lambda failure: failed_guards.append(failure.reason))
+    model._compiled_call_impl = compiled(model._call_impl)
     try:
         yield
     finally:
@@ -64,27 +73,33 @@ def _compiled(model: nn.Module, graphs: list[Any], **options: Any) -> Generator[
         torch.compiler.reset()
 
 
-def _where_it_breaks(model: nn.Module, act: Callable[[], object]) -> str:
-    """The leaf and the line of the first break: the end of what PyTorch tells when it may not break."""
-    with _compiled(model, [], fullgraph=True):
-        try:
-            act()
-        except Exception as error:
-            told = _text_of(error)
-            frames = [*_FRAME.finditer(told.partition("from user code")[2])]
-            if not frames:
-                return told.strip().splitlines()[0]
-            file, line = frames[-1]["file"], int(frames[-1]["line"])
-            reason = told.strip().splitlines()[0]
-            return f"{_leaf_at(model, file, line)} ({Path(file).name}:{line}): {reason}"
-    return "another place in each run"
+@contextmanager
+def _told_breaks() -> Generator[list[str]]:
+    """What PyTorch logs of each graph break; nothing of it is shown."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    level, propagates, disabled = graph_break_log.level, graph_break_log.propagate, logging.root.manager.disable
+    graph_break_log.addHandler(handler)
+    graph_break_log.setLevel(logging.DEBUG)
+    graph_break_log.propagate = False
+    logging.disable(logging.NOTSET)
+    try:
+        yield told
+    finally:
+        logging.disable(disabled)
+        graph_break_log.removeHandler(handler)
+        graph_break_log.setLevel(level)
+        graph_break_log.propagate = propagates
 
 
-def _text_of(error: BaseException) -> str:
-    """What the first cause says: a Chain may have explained it in its own words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
+def _where_it_breaks(model: nn.Module, told: list[str]) -> str:
+    """The leaf and the line of the first break, and what PyTorch says of it."""
+    found = next(filter(None, map(_BREAK.search, told)), None)
+    if found is None:
+        return told[0].strip().splitlines()[0] if told else "a place that PyTorch does not tell"
+    file, line = found["file"], int(found["line"])
+    return f"{_leaf_at(model, file, line)} ({Path(file).name}:{line}): {found['reason']}"
 
 
 def _leaf_at(model: nn.Module, file: str, line: int) -> str:
@@ -99,16 +114,8 @@ def _leaf_at(model: nn.Module, file: str, line: int) -> str:
     return "a function"
 
 
-def _why_again(model: nn.Module, act: Callable[[], object]) -> str:
-    """The guard that failed, which names the module."""
-    with _compiled(model, []):
-        act()
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for _ in range(AGAIN):
-                try:
-                    act()
-                except Exception as error:
-                    lines = [line.strip() for line in _text_of(error).splitlines() if line.strip()]
-                    guard = next((line for line in lines if line.startswith("- ")), lines[0])
-                    return _CHILD.sub(r".\1", guard).removeprefix("- ")
-    return "of something else in each run"
+def _guard(failed: list[str]) -> str:
+    """The first guard that failed, which names the module."""
+    if not failed:
+        return "of something else in each run"
+    return _CHILD.sub(r".\1", failed[0].strip().splitlines()[0])
