@@ -5,11 +5,13 @@ The files of these benchmarks lie in the page cache, so what is timed is our own
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from diffusers import ConfigMixin, ModelMixin
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from benchmarks.conftest import Record, Tell
 from benchmarks.engine.contestants import Pair
 from benchmarks.engine.figures import exact
 from benchmarks.engine.memory import MEBIBYTE, Memory, mapped_bytes, memory_of
+from reference_ports.pipelines.stable_diffusion.checkpoints import BUNDLES
+from refiners.conversion import open_directory
 from refiners.conversion.files import read_state_dict
 from refiners.fluxion.utils import load_from_safetensors, save_to_safetensors
 
@@ -127,3 +131,49 @@ def test_a_ready_model_against_diffusers(record: Record, file: Path, tmp_path: P
 
     UpstreamStack().save_pretrained(tmp_path)
     record(Pair(contestant=lambda: ours, reference=lambda: theirs, limit=1.00))
+
+
+# A port, from the files that diffusers publishes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UNet of about 200 MiB as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    UNet2DConditionModel(cross_attention_dim=768, block_out_channels=(96, 128, 256, 256)).save_pretrained(
+        folder / "unet"
+    )
+    return folder
+
+
+def load_unet(folder: Path) -> nn.Module:
+    return open_directory(folder, {"unet": UNET}, "unet").load("unet")
+
+
+UNET = replace(
+    BUNDLES["sd15"],
+    name="unet",
+    parts=tuple(part for part in BUNDLES["sd15"].parts if part.name == "unet"),
+    recognises=lambda shapes: True,
+)
+LOAD_UNET = """
+model = load_unet(Path({path!r}))
+sum(float(p.sum()) for p in model.parameters())
+"""
+
+
+def test_a_ready_unet_against_diffusers(record: Record, folder: Path) -> None:
+    def theirs() -> object:
+        return UNet2DConditionModel.from_pretrained(folder / "unet")
+
+    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=0.5))
+
+
+@only_on_linux
+def test_peak_of_loading_and_reading_a_unet_for_each_byte_of_its_weights(tell: Tell, folder: Path) -> None:
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    found = memory_of(
+        "from pathlib import Path\nfrom benchmarks.test_loading import load_unet", LOAD_UNET.format(path=str(folder))
+    )
+    tell(exact(found.peak / weights, limit=1.05, unit="×", weights=weights))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from functools import cache, partial
 from itertools import cycle
+from shutil import which
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Record, Tell
-from benchmarks.engine.contestants import Pair
+from benchmarks.engine.contestants import Pair, Work
 from benchmarks.engine.counts import calls
 from benchmarks.engine.figures import Verdict, exact
 from benchmarks.engine.timers import ByClock
 from benchmarks.engine.watch import watch
-from benchmarks.workloads import PORTS, Act, Workload
+from benchmarks.workloads import PORTS, Act, Workload, case
+from refiners.parity import CaseRunner
+from refiners.parity import Verdict as Parity
+from refiners.parity.lanes import select_lanes
 
 # What a port may take at most, of its upstream's time. Others are told.
-LIMITS = {"unet-sd1": 0.95, "unet-sdxl": 0.95}
+LIMITS = {"bert": 0.85, "clip-text": 0.85, "unet-sd1": 0.95, "unet-sdxl": 0.95}
 # Where objects lie in memory makes equal models differ, so there are several of each.
 POOL = 3
 
@@ -73,6 +77,31 @@ def test_a_port_against_upstream_on_all_threads(record: Record, name: str) -> No
     torch.set_num_threads(threads)
     clock = time.perf_counter
     record(against_upstream(name, None, timer=ByClock(clock), clock=clock, facts={"threads": threads}))
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("name", ["bert", "clip-text", "unet-sd1"])
+def test_a_compiled_port_against_compiled_upstream(record: Record, name: str) -> None:
+    """Both as one graph, for which inductor generates kernels: what is left to differ is what guards the graph."""
+    torch.compiler.reset()
+    backend = "inductor" if which("g++") else "eager"
+    ours, theirs = PORTS[name]().pair(backend)
+    facts = {"workload": name, "against": "upstream, compiled", "backend": backend, "threads": 1}
+    record(Pair(contestant=lambda: ours, reference=lambda: theirs, limit=None, facts=facts))
+    torch.compiler.reset()
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("case_id", ["bert/tiny", "clip/text-l", "unet/sd1"])
+def test_seconds_of_a_parity_case(record: Record, case_id: str) -> None:
+    """What contributors wait for: all lanes of a case, forward, backward and the float64 truth."""
+    found = case(case_id)
+
+    def run(runner: CaseRunner) -> None:
+        for lane in select_lanes(found.lanes):
+            assert runner.run(lane).verdict is Parity.BITWISE
+
+    record(Work(build=lambda _: CaseRunner(found), act=run, n=1, limit=None, facts={"case": case_id}))
 
 
 @pytest.mark.told

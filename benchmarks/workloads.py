@@ -57,11 +57,14 @@ class Workload:
         model = self.build()
         return model, self._with_gradients(self.port(model))
 
-    def pair(self) -> tuple[Act, Act]:
-        """The act of the port and that of upstream, on the same weights."""
+    def pair(self, backend: str | None = None) -> tuple[Act, Act]:
+        """The act of the port and that of upstream, on the same weights; compiled whole if a backend is given."""
         assert self.upstream is not None, f"{self.name} has no upstream."
         upstream, port = self.build_upstream(), self.build()
         port.load_state_dict(self.case.key_map.convert(upstream.state_dict(), port), assign=True)
+        if backend is not None:
+            upstream.compile(backend=backend, fullgraph=True)
+            port.compile(backend=backend, fullgraph=True)
         return self._with_gradients(self.port(port)), self._with_gradients(self.upstream(upstream))
 
     def _built(self, builder: Callable[[], nn.Module]) -> nn.Module:

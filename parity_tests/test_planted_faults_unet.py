@@ -244,9 +244,8 @@ def test_a_planted_fault_turns_its_case_red(fault: Fault, case_id: str) -> None:
     assert result.worst is not None, "red for another reason than a tensor that differs"
 
 
-@pytest.mark.parametrize("case_id", sorted({case_id for _, case_id in FAULTS}))
-def test_the_same_case_without_a_fault_is_green(case_id: str) -> None:
-    assert CaseRunner(planted(CASES[case_id], lambda model: None)).run(Lane("float64")).verdict is Verdict.BITWISE
+def test_planting_nothing_leaves_a_case_green() -> None:
+    assert CaseRunner(planted(CASES[SD1], lambda model: None)).run(Lane("float64")).verdict is Verdict.BITWISE
 
 
 def test_the_faults_are_faults_of_unets() -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -18,14 +18,37 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from parity_tests.clip_runs import (
+    Inputs,
+    Outputs,
+    finished_mask_ids,
+    ids,
+    ids_without_end,
+    in_float32,
+    left_padded_ids,
+    longer,
+    pixels,
+    run_encoder_upstream,
+    run_image,
+    run_image_slices,
+    run_image_states,
+    run_interpolated_upstream,
+    run_skips_upstream,
+    run_some_states_upstream,
+    run_states_upstream,
+    run_text,
+    run_text_encoder,
+    run_text_skips,
+    run_text_states,
+    run_text_states_upstream,
+    run_upstream,
+)
+from parity_tests.published_clip import IMAGE_SIZES, TEXT_SIZES
 from reference_ports import clip
-from refiners.parity import Case, FullSize, with_both_inits
+from refiners.parity import Case, with_both_inits
 
-Inputs = Mapping[str, Any]
-Outputs = Mapping[str, Tensor]
 Runs = tuple[Callable[[nn.Module, Inputs], Outputs], Callable[[nn.Module, Inputs], Outputs]]
 
-END = 999
 TINY: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 37,
@@ -45,146 +68,6 @@ PAIRS = {"batch": "every text is held against every picture", "padded": "picture
 POST_NORM = "normalises the pooled token only, which is not compared here"
 
 
-def ids(
-    generator: torch.Generator, batch: int = 2, length: int = 9, *, mask: bool = False, positions: bool = False
-) -> Inputs:
-    """Random ids after that of the beginning, 0; the end of each text is in another place, padded with its own id."""
-    tokens = torch.randint(3, END, (batch, length), generator=generator)
-    tokens[:, 0] = 0
-    lengths = [max(1, length - 2 * row) for row in range(batch)]
-    for row, end in enumerate(lengths):
-        tokens[row, end - 1 :] = END
-    inputs: dict[str, Any] = {"input_ids": tokens}
-    if mask:
-        inputs["attention_mask"] = torch.tensor([[1] * end + [0] * (length - end) for end in lengths])
-    if positions:
-        inputs["position_ids"] = torch.stack([torch.randperm(77, generator=generator)[:length] for _ in range(batch)])
-    return inputs
-
-
-def longer(inputs: Inputs, more: int = 3) -> Inputs:
-    """The same texts with padding behind them."""
-    tokens = inputs["input_ids"]
-    given = {**inputs, "attention_mask": inputs.get("attention_mask", torch.ones_like(tokens))}
-    return {name: torch.cat([value, value.new_zeros(len(tokens), more)], dim=1) for name, value in given.items()}
-
-
-def left_padded_ids(generator: torch.Generator) -> Inputs:
-    """Padding in front, so that the first queries see nothing at all."""
-    return {**ids(generator, 3), "attention_mask": torch.tensor([[0] * 3 + [1] * 6, [1] * 9, [0] * 8 + [1]])}
-
-
-def finished_mask_ids(generator: torch.Generator) -> Inputs:
-    """Scores to add for each pair of tokens: they stand in for the causal mask."""
-    return {**ids(generator), "attention_mask": torch.randn(2, 1, 9, 9, generator=generator)}
-
-
-def ids_without_end(generator: torch.Generator) -> Inputs:
-    """No text has the id of the end: the first token is taken."""
-    return {"input_ids": torch.randint(3, END, (2, 9), generator=generator)}
-
-
-def pixels(generator: torch.Generator, batch: int = 2, height: int = 32, width: int = 32, channels: int = 3) -> Inputs:
-    """Random pictures."""
-    return {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)}
-
-
-TextPort = clip.CLIPTextEncoder | clip.CLIPTextModel | clip.CLIPTextModelWithProjection
-
-
-def run_text_port(model: TextPort, inputs: Inputs) -> Any:
-    """Gives the port what upstream takes as keyword arguments, and calls it."""
-    model.set_attention_mask(inputs.get("attention_mask"))
-    model.set_position_ids(inputs.get("position_ids"))
-    return model(inputs["input_ids"])
-
-
-def run_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    """The last state and the one vector made of it, projected or not."""
-    output = model(**inputs)
-    vector = next(output[name] for name in ("text_embeds", "image_embeds", "pooler_output") if name in output)
-    return {"last_hidden_state": output.last_hidden_state, "vector": vector}
-
-
-def run_text(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, TextPort)
-    return dict(zip(("last_hidden_state", "vector"), run_text_port(model, inputs), strict=True))
-
-
-def run_image(model: nn.Module, inputs: Inputs) -> Outputs:
-    return dict(zip(("last_hidden_state", "vector"), model(inputs["pixel_values"]), strict=True))
-
-
-def in_float32(run: Callable[[nn.Module, Inputs], Outputs]) -> Callable[[nn.Module, Inputs], Outputs]:
-    """The same, on pictures in float32, whatever the dtype of the model: both sides cast them."""
-    return lambda model, inputs: run(model, {**inputs, "pixel_values": inputs["pixel_values"].float()})
-
-
-def run_interpolated_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    return run_upstream(model, {**inputs, "interpolate_pos_encoding": True})
-
-
-def run_encoder_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    """The last state only."""
-    return {"last_hidden_state": model(**inputs).last_hidden_state}
-
-
-def run_text_encoder(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, clip.CLIPTextEncoder)
-    return {"last_hidden_state": run_text_port(model, inputs)}
-
-
-def run_states_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    """All hidden states."""
-    states = model(**inputs, output_hidden_states=True).hidden_states
-    return {f"state {i}": state for i, state in enumerate(states)}
-
-
-def run_text_states_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    """All hidden states, the last of which comes before the norm, and the norm of it."""
-    output = model(**inputs, output_hidden_states=True)
-    states = {f"state {i}": state for i, state in enumerate(output.hidden_states)}
-    return {**states, "last_hidden_state": output.last_hidden_state}
-
-
-def run_text_states(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, clip.CLIPTextEncoder)
-    states = run_text_port(model.with_hidden_states(), inputs)
-    return {**{f"state {i}": state for i, state in enumerate(states)}, "last_hidden_state": model[-1](states[-1])}
-
-
-def run_image_states(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, clip.CLIPImageEncoder)
-    return {f"state {i}": state for i, state in enumerate(model.with_hidden_states()(inputs["pixel_values"]))}
-
-
-def run_skips_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    """The states that Stable Diffusion reads: clip skip 1 and 2, with the norm and without, and the last."""
-    output = model(**inputs, output_hidden_states=True)
-    one, two = output.hidden_states[-2], output.hidden_states[-3]
-    norm = model.final_layer_norm
-    return {"last": output.last_hidden_state, "one": one, "two": two, "one, normalised": norm(one)}
-
-
-def run_text_skips(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, clip.CLIPTextEncoder)
-    without_layer = model.structural_copy()
-    without_layer.pop(-2)
-    slices = {"last": model, "one": model[:-2], "two": model[:-3], "one, normalised": without_layer}
-    return {name: run_text_port(encoder, inputs) for name, encoder in slices.items()}
-
-
-def run_some_states_upstream(model: nn.Module, inputs: Inputs) -> Outputs:
-    states = model(**inputs, output_hidden_states=True).hidden_states
-    return {"first": states[0], "penultimate": states[-2], "last": states[-1]}
-
-
-def run_image_slices(model: nn.Module, inputs: Inputs) -> Outputs:
-    assert isinstance(model, clip.CLIPImageEncoder)
-    slices = {"first": model[:1], "penultimate": model[:-1], "last": model}
-    return {name: encoder(inputs["pixel_values"]) for name, encoder in slices.items()}
-
-
 def taps(num_layers: int, embeddings: str, upstream: str = "", port: str = "") -> Mapping[str, str]:
     """The embeddings and every layer, compared as well."""
     layers = {f"{port}TransformerLayer_{i + 1}": f"{upstream}encoder.layers.{i}" for i in range(num_layers)}
@@ -198,41 +81,30 @@ def key_bias(upstream: str = "") -> Mapping[str, str]:
     return {f"{upstream}encoder.layers.{{i}}.self_attn.k_proj.bias": SOFTMAX}
 
 
-def text_case(name: str, summary: str, inputs: Callable[[torch.Generator], Inputs] = ids, **changes: Any) -> Case:
-    """`CLIPTextModel` in the tiny configuration with some changes."""
-    settings = CLIPTextConfig(**{**TINY_TEXT, **changes})
-    return Case(
-        id=f"clip/text-{name}",
-        summary=summary,
-        upstream=lambda: CLIPTextModel(settings),
-        port=lambda: clip.text_model_from_config(settings.to_dict()),
-        key_map=clip.TEXT_MODEL_KEYS,
-        inputs=inputs,
-        run_upstream=run_upstream,
-        run_port=run_text,
-        taps=taps(settings.num_hidden_layers, "TextEmbeddings", port="CLIPTextEncoder."),
-        without_influence=key_bias(),
-        batch_axis=0,
-        pad=longer,
-    )
-
-
-def text_projection_case(
-    name: str, summary: str, inputs: Callable[[torch.Generator], Inputs] = ids, **changes: Any
+def text_case(
+    name: str,
+    summary: str,
+    inputs: Callable[[torch.Generator], Inputs] = ids,
+    *,
+    projection: bool = False,
+    **changes: Any,
 ) -> Case:
-    """`CLIPTextModelWithProjection` in the tiny configuration with some changes."""
+    """`CLIPTextModel`, with its projection or without, in the tiny configuration with some changes."""
     settings = CLIPTextConfig(**{**TINY_TEXT, **changes})
+    upstream = CLIPTextModelWithProjection if projection else CLIPTextModel
+    port = clip.text_projection_from_config if projection else clip.text_model_from_config
+    prefix = "text_model." if projection else ""
     return Case(
         id=f"clip/text-{name}",
         summary=summary,
-        upstream=lambda: CLIPTextModelWithProjection(settings),
-        port=lambda: clip.text_projection_from_config(settings.to_dict()),
-        key_map=clip.TEXT_PROJECTION_KEYS,
+        upstream=lambda: upstream(settings),
+        port=lambda: port(settings.to_dict()),
+        key_map=clip.TEXT_PROJECTION_KEYS if projection else clip.TEXT_MODEL_KEYS,
         inputs=inputs,
         run_upstream=run_upstream,
         run_port=run_text,
-        taps=taps(settings.num_hidden_layers, "TextEmbeddings", "text_model.", "CLIPTextEncoder."),
-        without_influence=key_bias("text_model."),
+        taps=taps(settings.num_hidden_layers, "TextEmbeddings", prefix, "CLIPTextEncoder."),
+        without_influence=key_bias(prefix),
         batch_axis=0,
         pad=longer,
     )
@@ -304,67 +176,16 @@ def image_encoder_case(name: str, summary: str, runs: Runs, **more: Any) -> Case
     )
 
 
-def text_size(width: int, layers: int, heads: int, port: Callable[[], nn.Module], act: str = "gelu") -> FullSize:
-    """A published text half."""
-    settings = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=width,
-        hidden_act=act,
-    )
-    return FullSize(upstream=lambda: CLIPTextModelWithProjection(settings), port=port)
-
-
-def image_size(
-    width: int, inner: int, layers: int, heads: int, projection: int, port: Callable[[], nn.Module], **more: Any
-) -> FullSize:
-    """A published image half."""
-    settings = CLIPVisionConfig(
-        **{
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "projection_dim": projection,
-            "patch_size": 14,
-            "hidden_act": "gelu",
-            **more,
-        }
-    )
-    return FullSize(upstream=lambda: CLIPVisionModelWithProjection(settings), port=port)
-
-
-TEXT_SIZES = {
-    "clip-text": FullSize(
-        upstream=text_size(768, 12, 12, clip.clip_text_l).upstream,
-        port=clip.CLIPTextEncoderL,
-        key_map=clip.TEXT_ENCODER_KEYS,
-    ),
-    "clip-text-b": text_size(512, 12, 8, clip.clip_text_b, "quick_gelu"),
-    "clip-text-l": text_size(768, 12, 12, clip.clip_text_l, "quick_gelu"),
-    "clip-text-h": text_size(1024, 24, 16, clip.clip_text_h),
-    "clip-text-bigg": text_size(1280, 32, 20, clip.clip_text_big_g),
-}
-IMAGE_SIZES = {
-    "clip-image": FullSize(
-        upstream=image_size(1024, 4096, 24, 16, 768, clip.clip_image_l).upstream,
-        port=clip.CLIPImageEncoderL,
-        key_map=clip.IMAGE_ENCODER_KEYS,
-    ),
-    "clip-image-b": image_size(768, 3072, 12, 12, 512, clip.clip_image_b, patch_size=32, hidden_act="quick_gelu"),
-    "clip-image-l": image_size(1024, 4096, 24, 16, 768, clip.clip_image_l, hidden_act="quick_gelu"),
-    "clip-image-h": image_size(1280, 5120, 32, 16, 1024, clip.clip_image_h),
-    "clip-image-bigg": image_size(1664, 8192, 48, 16, 1280, clip.clip_image_big_g),
-}
-
 TEXT_CASES = (
     *with_both_inits(text_case("l", "quick GELU, the end is the highest id, no projection", partial(ids, mask=True))),
     *with_both_inits(
         replace(
-            text_projection_case(
-                "bigg", "exact GELU, the end is the first such id, projection", eos_token_id=END, hidden_act="gelu"
+            text_case(
+                "bigg",
+                "exact GELU, the end is the first such id, projection",
+                projection=True,
+                eos_token_id=END,
+                hidden_act="gelu",
             ),
             full_size=TEXT_SIZES,
         )
@@ -401,10 +222,11 @@ TEXT_CASES = (
         num_attention_heads=1,
         num_hidden_layers=1,
     ),
-    text_projection_case(
+    text_case(
         "bigg-width",
         "the width and the heads of bigG",
         partial(ids, length=21, mask=True),
+        projection=True,
         hidden_size=1280,
         num_attention_heads=20,
         intermediate_size=128,
@@ -413,8 +235,8 @@ TEXT_CASES = (
         hidden_act="gelu",
     ),
     text_case("eps", "layer_norm_eps=1e-3", layer_norm_eps=1e-3),
-    text_projection_case("l-projection", "quick GELU, highest id, projection, mask", partial(ids, mask=True)),
-    text_projection_case("wide-projection", "a projection wider than the model", projection_dim=50),
+    text_case("l-projection", "quick GELU, highest id, projection, mask", partial(ids, mask=True), projection=True),
+    text_case("wide-projection", "a projection wider than the model", projection=True, projection_dim=50),
     text_encoder_case("encoder", "the last state alone", (run_encoder_upstream, run_text_encoder)),
     replace(
         text_encoder_case("encoder-no-mask", "the kernel's own triangle", (run_encoder_upstream, run_text_encoder)),
