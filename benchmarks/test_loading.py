@@ -138,12 +138,11 @@ def test_a_ready_model_against_diffusers(record: Record, file: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UNet of about 200 MiB as diffusers saves it."""
+    """A UNet of about 300 MiB as diffusers saves it. Nobody looks at its values."""
     folder = tmp_path_factory.mktemp("published")
-    torch.manual_seed(0)
-    UNet2DConditionModel(cross_attention_dim=768, block_out_channels=(96, 128, 256, 256)).save_pretrained(
-        folder / "unet"
-    )
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=(128, 256, 384, 384))
+    unet.to_empty(device="cpu").save_pretrained(folder / "unet")
     return folder
 
 
@@ -163,11 +162,12 @@ sum(float(p.sum()) for p in model.parameters())
 """
 
 
+@pytest.mark.told
 def test_a_ready_unet_against_diffusers(record: Record, folder: Path) -> None:
     def theirs() -> object:
         return UNet2DConditionModel.from_pretrained(folder / "unet")
 
-    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=0.5))
+    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=2.0))
 
 
 @only_on_linux

@@ -145,11 +145,18 @@ class KeyMap:
         Raises:
             ConversionError: as `convert`.
         """
-        given, wanted = Entries.read(upstream).on_meta(), Entries.read(port).on_meta()
-        plan, _ = self._convert(given, wanted)
+        return self.plan_and_convert(Entries.read(upstream).on_meta(), Entries.read(port).on_meta())[0]
+
+    def plan_and_convert(self, given: Entries, wanted: Entries) -> tuple[Plan, dict[str, Tensor]]:
+        """What goes where, and the port's tensors made of those given, which may be on the meta device.
+
+        Raises:
+            ConversionError: as `convert`.
+        """
+        plan, tensors = self._convert(given, wanted)
         converted = given.tensors.keys() == wanted.tensors.keys()
         plan.problems.raise_if_any(f"{self.name} cannot be converted", _ALREADY if converted else _ADVICE)
-        return plan
+        return plan, tensors
 
     def covers(self, upstream: Collection[str]) -> bool:
         """Whether each of these upstream keys has a line or a reason to be ignored: whether they are of this layout.

@@ -5,12 +5,13 @@ Keys, shapes and types are known at once, so all that does not fit is told befor
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from refiners.conversion.key_map import KeyMap
-from refiners.conversion.transfer import check_upstream, transfer
+from refiners.conversion.transfer import check_upstream
 from refiners.conversion.weights import Entries, Weights
 
 
@@ -29,6 +30,10 @@ class LazyWeights(Mapping[str, Tensor], ABC):
     def origin(self, key: str) -> tuple[str, ...]:
         """The keys of the file that a tensor is made of."""
         return (key,)
+
+    def over(self, stored: "LazyWeights") -> "LazyWeights":
+        """The same, made of other tensors of the same keys and shapes: what was checked is not checked again."""
+        return stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta())
@@ -55,6 +60,11 @@ class WeightsBelow(LazyWeights):
 
     def meta(self) -> dict[str, Tensor]:
         return self._meta
+
+    def over(self, stored: LazyWeights) -> "WeightsBelow":
+        other = copy(self)
+        other._source = self._source.over(stored)
+        return other
 
     def origin(self, key: str) -> tuple[str, ...]:
         return self._source.origin(self._prefix + key)
@@ -96,15 +106,18 @@ class ConvertedWeights(LazyWeights):
     def __init__(self, source: LazyWeights, key_map: KeyMap, target: Weights) -> None:
         self._source = source
         self._key_map = key_map
-        meta = source.meta()
-        self._plan = key_map.plan(meta, target)
         wanted = Entries.read(target).on_meta()
-        self._meta = transfer(self._plan, Entries.read(meta), wanted, to_port=True)
+        self._plan, self._meta = key_map.plan_and_convert(Entries.read(source.meta()), wanted)
         self._ties = wanted.ties
         self._made_by = {key: pairing for pairing in self._plan.pairings for key in pairing.port}
 
     def meta(self) -> dict[str, Tensor]:
         return self._meta
+
+    def over(self, stored: LazyWeights) -> "ConvertedWeights":
+        other = copy(self)
+        other._source = self._source.over(stored)
+        return other
 
     def check_values(self) -> None:
         """Reads the tensors that have no place because their values are known, and checks that they are those.

@@ -47,7 +47,8 @@ class OpenedPart:
     config: Mapping[str, Any]
     stored: StoredWeights
     weights: LazyWeights
-    _chain: Callable[[LazyWeights], LazyWeights] = field(repr=False)
+    # The port that was built to check the keys: whoever loads first has it.
+    _checked: list[nn.Module] = field(default_factory=list[nn.Module], repr=False)
 
     def build(self) -> nn.Module:
         """The port of this configuration, on torch's default device."""
@@ -59,7 +60,7 @@ class OpenedPart:
         if isinstance(mapped, WeightFiles):
             files = [load_from_safetensors(file) for file in mapped.files]
             mapped = WeightsInMemory({key: tensor for tensors in files for key, tensor in tensors.items()})
-        return {key: tensor.contiguous() for key, tensor in self._chain(mapped).items()}
+        return {key: tensor.contiguous() for key, tensor in self.weights.over(mapped).items()}
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """The port with its weights; on the CPU, and in the type of the file, they are mapped and not copied.
@@ -71,14 +72,13 @@ class OpenedPart:
         Raises:
             ConversionError: the weights do not fit the port.
         """
-        with torch.device("meta"):
-            module = self.build()
+        module = self._checked.pop() if self._checked else _on_meta(self.part, self.config)
         tensors = {
             key: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for key, tensor in self.state_dict().items()
         }
         for key, weight in module.state_dict(keep_vars=True).items():
-            if key in tensors:
+            if key in tensors and weight.dtype != tensors[key].dtype:
                 weight.data = weight.data.to(tensors[key].dtype)
         adopt_weights(module, tensors, source=str(self.stored.path))
         return module
@@ -165,7 +165,7 @@ def _open_converted(path: Path, bundles: Bundles, kind: str | None) -> OpenedMod
     for part in bundle.parts:
         file, config = files[part.name]
         stored = WeightFiles(file)
-        parts[part.name] = OpenedPart(part, config, stored, stored, _chain=lambda weights: weights)
+        parts[part.name] = OpenedPart(part, config, stored, stored)
     folders = {name: path / name for name in tokenizers}
     return OpenedModel(path, "converted", bundle, parts, scheduler, pipeline, folders)
 
@@ -245,13 +245,13 @@ def _parts(
 
 
 def _part(part: Part, config: Mapping[str, Any], stored: StoredWeights, chain: Chain) -> OpenedPart:
+    port = _on_meta(part, config)
+    return OpenedPart(part, config, stored, chain(part, config, port, stored), [port])
+
+
+def _on_meta(part: Part, config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        port = part.build(config)
-
-    def convert(weights: LazyWeights) -> LazyWeights:
-        return chain(part, config, port, weights)
-
-    return OpenedPart(part, config, stored, convert(stored), convert)
+        return part.build(config)
 
 
 def _published(part: Part, config: Mapping[str, Any], port: nn.Module, weights: LazyWeights) -> LazyWeights:

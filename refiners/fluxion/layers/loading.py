@@ -5,9 +5,9 @@ fit before it says that others do not. Here everything is checked first, and a t
 to be is taken over as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -45,9 +45,10 @@ def adopt_weights(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool
 def _bring_to_life(module: nn.Module, weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace weights on the meta device, which cannot take a memory over. One that has several names stays one."""
     alive: dict[int, nn.Parameter] = {}
+    owners = dict(cast("Iterator[tuple[str, nn.Module]]", module.named_modules(remove_duplicate=False)))
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
-        owner = module.get_submodule(path)
+        owner = owners[path]
         weight = weights[key]
         if isinstance(weight, nn.Parameter):
             parameter = alive.setdefault(id(weight), nn.Parameter(tensor, requires_grad=weight.requires_grad))
