@@ -1,6 +1,7 @@
 """CLIP as published: both halves of OpenAI's and OpenCLIP's models, whose keys and shapes are compared on `meta`."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -19,7 +19,7 @@ from itertools import cycle
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
-from benchmarks.engine.figures import BUDGET, PRECISION, Clock, Figure, measure
+from benchmarks.engine.figures import BUDGET, FEWEST_DRAWS, PRECISION, Clock, Figure, measure
 from benchmarks.engine.timers import Act, ByClock, Timer
 
 T = TypeVar("T")
@@ -121,15 +121,18 @@ class Work(Generic[T]):
     precision: float = 0.05
     clock: Clock = time.process_time
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    repeats: int = REPEATS
+    """How many timings a draw is the fastest of. An act of seconds needs but one."""
+    fewest: int = FEWEST_DRAWS
 
     def figure(self, budget: float = BUDGET) -> Figure:
         """The seconds that the act takes. Each draw is the fastest of a few: what neighbours do only ever adds."""
         with frozen_garbage():
             self._seconds(self.n)
-            return self._measure(lambda: min(self._seconds(self.n) for _ in range(REPEATS)), budget, unit="s")
+            return self._measure(lambda: min(self._seconds(self.n) for _ in range(self.repeats)), budget, unit="s")
 
     def replay(self, benchmark: Any) -> None:
-        benchmark.pedantic(self.act, setup=lambda: ((self.build(self.n),), {}), rounds=5)
+        benchmark.pedantic(self.act, setup=lambda: ((self.build(self.n),), {}), rounds=min(5, self.fewest))
 
     def _seconds(self, n: int) -> float:
         subject = self.build(n)
@@ -145,7 +148,7 @@ class Work(Generic[T]):
 
     def _measure(self, draw: Callable[[], float], budget: float, unit: str) -> Figure:
         options = {"limit": self.limit, "unit": unit, "precision": self.precision, "clock": self.clock}
-        return replace(measure(draw, budget=budget, **options), facts=dict(self.facts))
+        return replace(measure(draw, budget=budget, fewest=self.fewest, **options), facts=dict(self.facts))
 
 
 class Growth(Work[T]):

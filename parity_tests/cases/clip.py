@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from parity_tests.clip_runs import (
+    END,
     Inputs,
     Outputs,
     finished_mask_ids,
