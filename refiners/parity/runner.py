@@ -242,7 +242,7 @@ class CaseRunner:
                 faults += look_again(self.case, lane, (upstream, port), (ours, theirs), self._inputs)
         with stage("comparing the precision"):
             models, given = (upstream, port), self._inputs or {}
-            if self.widened and not faults:
+            if self.widened and _seems_equal(comparisons, faults, lane):
                 self._wide_traces = trace_wide(self.case, lane, models, given)
             dtypes = Precision() if faults or self.widened else look_at_precision(self.case, lane, models, given)
             origins = weights.origins(dtypes.unread, models, self.case.key_map)
