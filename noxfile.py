@@ -178,7 +178,7 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def benchmark_gate(session: nox.Session) -> None:
-    """Measure how often the timings raise false alarms and miss 5 %; `-- --minutes 10 --runs 200`."""
+    """Measure how often the timings raise false alarms and miss 5 %; `-- --minutes 20 --runs 100`."""
     install(session, "benchmarks")
     run(session, "-m", "benchmarks.gate", *session.posargs)
 

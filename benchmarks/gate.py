@@ -1,6 +1,6 @@
 """Measure how often the rule of the timings errs on this machine: `nox -s benchmark_gate`.
 
-python -m benchmarks.gate --minutes 10 --runs 200 --json gate.json
+python -m benchmarks.gate --minutes 20 --runs 100 --json gate.json
 """
 
 import argparse
@@ -43,8 +43,8 @@ GATED: dict[str, Callable[[], Act]] = {"a Chain of 20 layers": chain, "a tiny BE
 def main(arguments: list[str]) -> int:
     """1 if the rule may not be trusted here."""
     parser = argparse.ArgumentParser(prog="nox -s benchmark_gate --", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="when to stop, whatever was measured")
-    parser.add_argument("--runs", type=int, default=200, help="runs of each kind for each workload")
+    parser.add_argument("--minutes", type=float, default=20.0, help="when to stop, whatever was measured")
+    parser.add_argument("--runs", type=int, default=100, help="runs of each kind for each workload")
     parser.add_argument("--json", type=Path, help="where to write the counts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
