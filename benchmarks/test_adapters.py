@@ -1,6 +1,7 @@
 """What injected adapters cost: beside the same model without them, beside peft's, and beside their products alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,13 +11,16 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.adapter_rows import ADAPTERS, inject_one, inject_several
+from benchmarks.adapter_rows import ADAPTERS, attention_projections, inject_one, inject_several
 from benchmarks.conftest import Record, Tell
 from benchmarks.engine.contestants import Pair, Work
 from benchmarks.engine.figures import exact
 from benchmarks.upstream import inject_peft_loras, remove_peft_loras
 from benchmarks.workloads import PORTS, Act, case, draw, forward_of, with_adapter
 from reference_ports.unet import SD1UNet
+from refiners.fluxion.adapters import DeltaSpec, inject_loras
+
+Specs = Mapping[str, DeltaSpec]
 
 # What a forward with adapters may take at most, of the same without. Others are told.
 LIMITS: dict[str, float] = {}
@@ -140,6 +144,44 @@ def test_seconds_of_injecting_128_loras(record: Record) -> None:
 def test_seconds_of_ejecting_128_loras(record: Record) -> None:
     injecting = Injecting()
     record(Work(build=injecting.with_them, act=lambda eject: eject(), n=128, limit=None, facts={"who": "refiners"}))
+
+
+def weights_of_rank_16(model: nn.Module) -> Specs:
+    """LoRAs in memory for each projection of attention, as a file gives them."""
+    loras = inject_loras(attention_projections(model), name="drawn", rank=16, alpha=8, device="cpu")
+    specs = {
+        path: replace(spec, tensors={role: torch.randn(tensor.shape) for role, tensor in spec.tensors.items()})
+        for path, spec in loras.specs().items()
+    }
+    loras.eject()
+    return specs
+
+
+@pytest.mark.told
+def test_seconds_of_injecting_128_loras_that_are_in_memory(record: Record) -> None:
+    specs, injecting = weights_of_rank_16(full_size()), Injecting()
+
+    def inject(model: nn.Module) -> None:
+        injecting.ejects.append(inject_loras(model, specs, name="style", device="cpu").eject)
+
+    record(Work(build=injecting.without, act=inject, n=128, limit=None, facts={"who": "refiners", "rank": 16}))
+    injecting.without(0)
+
+
+@pytest.mark.told
+def test_seconds_of_swapping_128_loras(record: Record) -> None:
+    """Other weights of rank 16 in place: checked, written, and the old ones kept until all are."""
+    model = full_size()
+    given = [weights_of_rank_16(model) for _ in range(2)]
+    loras = inject_loras(model, given[0], name="style", device="cpu")
+    assert len(loras) == 128
+
+    def other(_: int) -> Specs:
+        given.reverse()
+        return given[0]
+
+    record(Work(build=other, act=loras.swap, n=128, limit=None, facts={"who": "refiners", "rank": 16}))
+    loras.eject()
 
 
 @pytest.mark.told

@@ -108,10 +108,11 @@ class Pair:
         layer: A key of `LAYERS`.
         dtype: Of everything.
         count: How many adapters are active, one after the other.
+        seed: What weights and inputs are drawn from.
     """
 
-    def __init__(self, row: Row, layer: str, dtype: torch.dtype, count: int = 1) -> None:
-        torch.manual_seed(0)
+    def __init__(self, row: Row, layer: str, dtype: torch.dtype, count: int = 1, seed: int = 0) -> None:
+        torch.manual_seed(seed)
         build, shape = LAYERS[layer]
         self.row, self.dtype, self.names = row, dtype, NAMES[:count]
         self.layer = build().to(dtype)

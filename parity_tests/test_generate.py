@@ -58,11 +58,15 @@ def picture(path: Path, mode: str = "RGB") -> Image.Image:
 
 
 def upstream(auto: Any, directory: Path, **call: Any) -> Image.Image:
+    return upstreams(auto, directory, **call)[0]
+
+
+def upstreams(auto: Any, directory: Path, **call: Any) -> list[Image.Image]:
     pipeline: DiffusionPipeline = auto.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
     if "scheduler" in call:
         pipeline.scheduler = call.pop("scheduler").from_config(pipeline.scheduler.config)
-    return pipeline(**CALL, **call, generator=torch.Generator().manual_seed(3)).images[0]
+    return pipeline(**CALL, **call, generator=torch.Generator().manual_seed(3)).images
 
 
 def generated(directory: Path, path: Path, **options: Any) -> Image.Image:
@@ -112,6 +116,27 @@ def test_what_a_mask_hides_is_made_with_the_pixels_of_upstream(
     expected = upstream(AutoPipelineForInpainting, directory(kind), image=image, mask_image=mask, strength=1.0, **size)
     made = generated(directory(kind), tmp_path / "out.png", image=tmp_path / "in.png", mask=tmp_path / "mask.png")
     assert np.array_equal(made, expected)
+
+
+def test_several_pictures_have_the_pixels_of_upstream(directory: Callable[[str], Path], tmp_path: Path) -> None:
+    expected = upstreams(AutoPipelineForText2Image, directory("sd1"), num_images_per_prompt=2)
+    options = {"model": directory("sd1"), "prompt": PROMPT, "steps": 2, "seed": 3, "guidance": 5.0}
+    generate(**options, output=tmp_path / "cat.png", count=2)
+    for number, one in enumerate(expected, start=1):
+        with Image.open(tmp_path / f"cat-{number}.png") as made:
+            assert np.array_equal(made, one)
+
+
+def test_the_box_around_a_mask_is_made_anew_with_the_pixels_of_upstream(
+    directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    image, mask = picture(tmp_path / "in.png"), Image.new("L", (40, 32))
+    mask.paste(255, (20, 8, 31, 15))
+    mask.save(tmp_path / "mask.png")
+    given = {"image": image, "mask_image": mask, "strength": 1.0, "padding_mask_crop": 2}
+    expected = upstream(AutoPipelineForInpainting, directory("sd1-inpainting"), **given, height=32, width=32)
+    files = {"image": tmp_path / "in.png", "mask": tmp_path / "mask.png", "mask_crop": 2}
+    assert np.array_equal(generated(directory("sd1-inpainting"), tmp_path / "out.png", **files), expected)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

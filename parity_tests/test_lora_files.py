@@ -33,7 +33,7 @@ from parity_tests.cases import bert as bert_cases
 from reference_ports import bert, clip
 from reference_ports.pipelines.stable_diffusion import LatentDiffusionModel, from_directory, text_to_image
 from refiners.conversion import KeyMap
-from refiners.conversion.loras import inject_tuning, read_loras, write_loras
+from refiners.conversion.loras import LoraFile, inject_tuning, read_loras, write_loras
 from refiners.errors import ConversionError
 from refiners.fluxion.adapters import inject_loras
 from refiners.parity.bits import same_bits
@@ -359,3 +359,47 @@ def test_what_else_peft_trains_is_refused_by_name(options: dict[str, Any], told:
     in_peft(upstream, LoraConfig(r=4, target_modules=["query"], **options), tmp_path / "theirs")
     with pytest.raises(ConversionError, match=told):
         read_loras(tmp_path / "theirs")
+
+
+# two forms of one layer
+
+
+def in_other_form(file: LoraFile) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a file, with the LoRAs of convolutions of one pixel as matrices; and how many these are."""
+    tensors, count = dict(file.tensors), 0
+    for entry in file.entries.values():
+        pair = [entry.spec.tensors[role] for role in ("down", "up")]
+        if all(tensor.ndim == 4 and tensor.shape[2:].numel() == 1 for tensor in pair):
+            count += 1
+            for role in ("down", "up"):
+                tensors[entry.keys[role]] = entry.spec.tensors[role].flatten(1).contiguous()
+    return tensors, count
+
+
+def test_matrices_for_convolutions_of_one_pixel_draw_what_diffusers_does_with_the_form_that_it_reads(
+    folder: Path, tmp_path: Path
+) -> None:
+    original, flat = folder / "sd1-kohya.safetensors", tmp_path / "flat.safetensors"
+    tensors, count = in_other_form(read_loras(original))
+    assert count > 4
+    save_file(tensors, flat)
+    pipeline, model = upstream(folder / "sd1"), from_directory(folder / "sd1")
+    pipeline.load_lora_weights(original)
+    loras = model.load_loras(flat)
+    assert same_bits(drawn_here(model), drawn_by_upstream(pipeline))
+    pipeline.unload_lora_weights()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pipeline.load_lora_weights(flat)
+
+    write_loras(tmp_path / "again.safetensors", read_loras(flat))
+    assert (tmp_path / "again.safetensors").read_bytes() == flat.read_bytes()
+    # From a tree, kohya's layout keeps the form of the file; that of diffusers gets the one that diffusers reads.
+    loras.write(tmp_path / "kohya.safetensors", "kohya")
+    for entry in read_loras(tmp_path / "kohya.safetensors").of_part("unet"):
+        assert all(same_bits(tensor, tensors[entry.keys[role]]) for role, tensor in entry.spec.tensors.items())
+    loras.write(tmp_path / "from-flat.safetensors", "diffusers")
+    loras.eject()
+    model.load_loras(original).write(tmp_path / "from-original.safetensors", "diffusers")
+    both = [read_loras(tmp_path / f"from-{name}.safetensors").tensors for name in ("flat", "original")]
+    assert list(both[0]) == list(both[1])
+    assert all(same_bits(tensor, both[1][key]) for key, tensor in both[0].items())

@@ -174,6 +174,26 @@ def test_drawn_configurations_are_equal_bit_for_bit(scheduler: str) -> None:
             assert unequal == [], (loop, dtype)
 
 
+FOREIGN: Mapping[str, Any] = {
+    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False},
+    **{"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0, "timestep_type": "continuous"},
+    **{"variance_type": "fixed_small", "solver_type": "bh2", "lower_order_final": True},
+}
+"""Attributes of several classes in one file. Upstream's schedulers obey the bounds of σ that they do not declare."""
+
+
+@pytest.mark.parametrize("scheduler", solvers.CLASSES)
+def test_a_file_of_another_class_is_read_as_upstream_reads_it(scheduler: str) -> None:
+    stochastic = scheduler.removesuffix("Scheduler") not in WITHOUT_GENERATOR
+    loop = Loop(scheduler=scheduler, config=FOREIGN, stochastic=stochastic)
+    upstream, port = UpstreamLoop(loop, scheduler_of(loop)), PortLoop(loop)
+    port.load_state_dict(upstream.state_dict())
+    noise = torch.randn(2, CHANNELS, 4, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs, ours = upstream(noise, 7), port(noise, 7)
+    assert [name for name, tensor in theirs.items() if not same_bits(tensor, ours[name])] == []
+
+
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     clean, noise = (torch.randn(4, CHANNELS, 4, 5, generator=generator) for _ in range(2))

@@ -215,6 +215,14 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option(metavar="FILE", help="White where the picture shall be made anew: inpainting.")
     ] = None,
+    mask_crop: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Work on what the mask hides alone, with that many pixels around it, at the model's size. The rest of "
+            "the picture keeps its own pixels.",
+        ),
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(help="How much of the picture to change, 0 to 1: 0.8 unless given, 1 for inpainting."),
@@ -226,6 +234,9 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="The same seed, the same picture. Drawn and told by default.")
     ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", help="How many pictures, made at once. Their files are numbered.")
+    ] = 1,
     guidance: Annotated[
         float | None,
         typer.Option(help="How closely to follow the prompt; 1 or less: no guidance.  [default: the model's own]"),
@@ -248,6 +259,7 @@ def generate(
         [cyan]refiners generate --model sd15/ --prompt "a photo of a cat" -o cat.png[/]
         [cyan]refiners generate --model sd15/ --prompt "a dog" --image cat.png --strength 0.6 -o dog.png[/]
         [cyan]refiners generate --model sdxl/ --prompt "a cat" --solver euler-a --seed 1 -o cat.png[/]
+        [cyan]refiners generate --model sd15/ --prompt "a cat" --count 4 -o cat.png[/]  cat-1.png to cat-4.png
         [cyan]refiners generate --model sd15/ --prompt "a cat" --lora style.safetensors:0.8 -o cat.png[/]
     """
     from refiners.ports import find_command
@@ -259,10 +271,12 @@ def generate(
         negative_prompt=negative_prompt,
         image=image,
         mask=mask,
+        mask_crop=mask_crop,
         strength=strength,
         solver=solver,
         steps=steps,
         seed=seed,
+        count=count,
         guidance=guidance,
         height=height,
         width=width,

@@ -5,6 +5,7 @@ one another. Users do not pay for this: the checks are put around the leaves her
 """
 
 import functools
+import gc
 import inspect
 import random
 import sys
@@ -19,11 +20,17 @@ from torch import nn
 
 # The environment that all sessions share has upstream in it; a user's has not. None makes an import fail, and lets
 # `find_spec` find nothing, as if it were not installed.
-for name in ("accelerate", "diffusers", "open_clip", "peft", "tokenizers", "torchvision", "transformers"):
+for name in ("accelerate", "diffusers", "lycoris", "open_clip", "peft", "tokenizers", "torchvision", "transformers"):
     sys.modules[name] = None  # type: ignore[assignment]  typeshed has no name for this documented use
 
 SHAPED = ("refiners.fluxion.layers.", "reference_ports.")
 TYPES = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the garbage collector need not look it through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def has_shape(annotation: object) -> bool:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORK = ("refiners", "reference_ports")
 PROOF = ("parity_tests", "benchmarks")
 ROOMS = (*FRAMEWORK, *PROOF, "tests", "tools", "noxfile.py")
-UPSTREAM = frozenset({"accelerate", "diffusers", "open_clip", "peft", "tokenizers", "torchvision", "transformers"})
+UPSTREAM = frozenset(
+    {"accelerate", "diffusers", "lycoris", "open_clip", "peft", "tokenizers", "torchvision", "transformers"}
+)
 TOLERANCES = frozenset({"abs_tol", "atol", "rel_tol", "rtol"})
 TOLERANT_CALLS = frozenset({"allclose", "approx", "assert_allclose", "assert_close", "isclose"})
 OWNER_OF_TOLERANCES = "refiners/parity/rounding.py"

@@ -4,7 +4,7 @@ Compared are the latents after every step, and the picture. Prompts go through t
 forbid gradients; here they are called without that, so that one backward pass goes through all steps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
 from json import loads
 from typing import Any
@@ -24,20 +24,28 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig
 
 from parity_tests import tiny_pipelines as tiny
+from parity_tests.pipeline_runs import (
+    Inputs,
+    Options,
+    Task,
+    Upstream,
+    begun,
+    images,
+    masked,
+    picture_aside,
+    pictures,
+    run_port,
+    run_upstream,
+)
 from parity_tests.published import clip_merges
 from reference_ports import autoencoder, clip, solvers, unet
 from reference_ports.pipelines import stable_diffusion as port
 from refiners.conversion import KeyMap
 from refiners.parity import Case
-
-Inputs = Mapping[str, Any]
-Outputs = Mapping[str, Tensor]
-Options = Mapping[str, Any]
-Task = Callable[..., port.Generation]
 
 LANES = ("float64", "float32", "bfloat16")
 PROMPT, OTHER = "a photo of a cat", "a watercolour of two dogs, trending"
@@ -45,23 +53,8 @@ STEPS, SCALE = 2, 5.0
 
 SD1, SD2 = {**tiny.SD1, **tiny.SMALL}, {**tiny.SD2, **tiny.SMALL}
 XL, REFINER = {**tiny.XL, **tiny.SMALL_XL}, {**tiny.REFINER, **tiny.SMALL_XL}
-IDS = torch.arange(77)[None]
 
 SOFTMAX = "adds the same number to all scores of a query: softmax removes it"
-
-
-class Upstream(nn.Module):
-    """A pipeline of upstream, with its models as submodules."""
-
-    upstream_package = "diffusers"
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__()
-        pipeline.set_progress_bar_config(disable=True)
-        self.pipeline = pipeline
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            if getattr(pipeline, name, None) is not None:
-                self.add_module(name, getattr(pipeline, name))
 
 
 @cache
@@ -100,80 +93,7 @@ def keys_of(config: Options, *encoders: str) -> KeyMap:
     return keys.named("a Stable Diffusion pipeline")
 
 
-# Running both sides
-
-
-def generators(options: Options) -> Any:
-    """One generator, or one for each prompt where `each` is set."""
-    count = len(options["prompt"]) if options.get("each") else 0
-    made = [torch.Generator().manual_seed(7 + i) for i in range(count or 1)]
-    return made if count else made[0]
-
-
-def named(latents: list[Tensor], image: Tensor) -> dict[str, Tensor]:
-    return {**{f"latents {i + 1}": one for i, one in enumerate(latents)}, "image": image}
-
-
-UPSTREAM_NAMES = {"condition_scale": "guidance_scale", "mask": "mask_image"}
-ASIDE = {"each", "picture"}
-"""Inputs and options of the case, not of the pipelines."""
-
-
-def run_upstream(model: nn.Module, inputs: Inputs, options: Options, **more: Any) -> Outputs:
-    assert isinstance(model, Upstream)
-    latents: list[Tensor] = []
-
-    def keep(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        latents.append(given["latents"])
-        return {}
-
-    call: Callable[..., Any] = type(model.pipeline).__call__.__wrapped__  # without no_grad
-    given = {UPSTREAM_NAMES.get(key, key): v for key, v in {**inputs, **options}.items() if key not in ASIDE}
-    output = call(
-        model.pipeline,
-        **given,
-        **more,
-        generator=generators(options),
-        callback_on_step_end=keep,
-        output_type="pt",
-    )
-    outputs = named(latents, output.images)
-    if "picture" in inputs:
-        outputs["encoded"] = model.pipeline.vae.encode(inputs["picture"]).latent_dist.mode()
-    if hasattr(model, "text_encoder_2") and hasattr(model, "text_encoder"):
-        outputs["first text"] = model.text_encoder(IDS).last_hidden_state
-    return outputs
-
-
-def run_port(model: nn.Module, inputs: Inputs, options: Options, task: Task) -> Outputs:
-    assert isinstance(model, port.LatentDiffusionModel)
-    given = {key: value for key, value in {**inputs, **options}.items() if key not in ASIDE}
-    solver = model.solver
-    try:
-        generation = task(model, **given, generator=generators(options))
-        outputs = named(list(generation), generation.pixels())
-    finally:
-        model.solver = solver  # planted faults are told by a model that is as it was
-    if "picture" in inputs:
-        outputs["encoded"] = model.autoencoder.encode(inputs["picture"]).mode()
-    if isinstance(model, port.StableDiffusion_XL):
-        outputs["first text"] = model.text_encoder(IDS)
-    return outputs
-
-
 # Cases
-
-
-def pictures(generator: torch.Generator, *, mask: bool = False, batch: int = 1) -> Inputs:
-    inputs = {"image": torch.rand(batch, 3, 32, 32, generator=generator)}
-    if mask:
-        inputs["mask"] = (torch.rand(batch, 1, 32, 32, generator=generator) > 0.5).to(torch.get_default_dtype())
-    return inputs
-
-
-def picture_aside(generator: torch.Generator) -> Inputs:
-    """A picture for tasks that need none: every layer has to run, so it is encoded for itself."""
-    return {"picture": torch.rand(1, 3, 16, 16, generator=generator)}
 
 
 KEY_BIAS_2 = {"text_encoder_2.text_model.encoder.layers.{i}.self_attn.k_proj.bias": SOFTMAX}
@@ -327,7 +247,6 @@ SIZE = {"height": 32, "width": 32}
 BATCH = {"prompt": [PROMPT, OTHER]}
 SHARE = {"strength": 0.7, "num_inference_steps": 3}
 NINE, EIGHT = {"in_channels": 9}, {"in_channels": 8}
-masked = partial(pictures, mask=True)
 
 text = partial(sd_case, task=port.text_to_image)
 image = partial(sd_case, task=port.image_to_image, pipeline=StableDiffusionImg2ImgPipeline, inputs=pictures)
@@ -400,6 +319,9 @@ CASES = (
 
 VERIFIED: Options = {"num_inference_steps": 3}
 """Three steps, on the configurations of shared/upstream.md."""
+TWICE: Options = {"num_images_per_prompt": 2}
+MIDDLE: Options = {"num_inference_steps": 6, "denoising_start": 0.3, "denoising_end": 0.8}
+"""The share of another model's pictures that is neither its first nor its last."""
 QUICK: Options = {"lanes": ("float32",)}
 """For what differs from another one in its options alone."""
 MORE = (
@@ -432,6 +354,11 @@ MORE = (
     ),
     editing("sd1-editing", "", VERIFIED, config={**tiny.SD1, **EIGHT}),
     consistency("sd1-consistency", "", {**SIZE, **VERIFIED}, config={**tiny.SD1, "time_cond_proj_dim": 32}),
+    text("sd1-text-several", "", {**SIZE, **BATCH, **TWICE, "negative_prompt": ["ugly", ""]}, **QUICK),
+    image("sd1-image-several", "", {**SHARE, **BATCH, **TWICE, "each": True}, **QUICK),
+    inpainting("sd1-inpainting-several", "", {**SIZE, **BATCH, **SHARE, **TWICE, "each": True}, **QUICK),
+    editing("sd1-editing-several", "", TWICE, **QUICK),
+    inpainting("sd1-inpainting-crop", "", {**SIZE, **TWICE, "padding_mask_crop": 3}, **QUICK, inputs=images),
     xl_text("xl-text", "", {**SIZE, **VERIFIED}, config=tiny.XL),
     xl_text(
         "xl-text-batch",
@@ -456,6 +383,17 @@ MORE = (
         config=tiny.XL,
         model=port.StableDiffusion_XL,
     ),
+    xl_inpainting("xl-inpainting-handed-over", "", {**SIZE, **MIDDLE, **TWICE, "strength": 0.9}, **QUICK),
+    xl_inpainting(
+        "xl-inpainting-untrained-begun",
+        "",
+        {**SIZE, **MIDDLE},
+        **QUICK,
+        config=XL,
+        model=port.StableDiffusion_XL,
+        inputs=begun,
+    ),
+    xl_image("xl-image-several", "", {**SHARE, **MIDDLE, **TWICE, "negative_prompt": "ugly"}, **QUICK),
     refiner_case("xl-refiner", "", {**SHARE, "negative_prompt": "ugly"}, config=tiny.REFINER),
 )
 """The verified configurations, batches and rarer options: compared by their outputs alone, see test_pipelines.py."""

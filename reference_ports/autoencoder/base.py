@@ -15,7 +15,7 @@ from reference_ports.autoencoder.posterior import Posterior
 from reference_ports.autoencoder.scaling import LatentScaling
 from reference_ports.autoencoder.tiling import SlicingAdapter, TilingAdapter
 from refiners.errors import InputError
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 
 
 class Autoencoder(fl.Chain):
@@ -97,20 +97,20 @@ class Autoencoder(fl.Chain):
         _check("encode", "pixels", pixels, self.encoder)
         return self[0](pixels)
 
+    @all_or_nothing
     def _set(self, kind: type[SlicingAdapter] | type[TilingAdapter], enabled: bool) -> None:
         present = [*self.layers(SlicingAdapter, recurse=True), *self.layers(TilingAdapter, recurse=True)]
         kinds = {SlicingAdapter if isinstance(adapter, SlicingAdapter) else TilingAdapter for adapter in present}
         kinds = kinds | {kind} if enabled else kinds - {kind}
-        with transaction():
-            for adapter in present:
-                adapter.eject()
-            # Slicing first, so that tiling stands inside: the other order adds gradients up in another one.
-            if SlicingAdapter in kinds:
-                for side in self._sides:
-                    SlicingAdapter(side).inject()
-            if TilingAdapter in kinds:
-                for adapter in self._tiling_adapters():
-                    adapter.inject()
+        for adapter in present:
+            adapter.eject()
+        # Slicing first, so that tiling stands inside: the other order adds gradients up in another one.
+        if SlicingAdapter in kinds:
+            for side in self._sides:
+                SlicingAdapter(side).inject()
+        if TilingAdapter in kinds:
+            for adapter in self._tiling_adapters():
+                adapter.inject()
 
     def _tiling_adapters(self) -> tuple[TilingAdapter, TilingAdapter]:
         """For the encoder and the decoder."""

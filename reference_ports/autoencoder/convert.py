@@ -31,7 +31,7 @@ _RESIDUAL = {
     "conv1": "Convolutions.Conv2d_1",
     "norm2": "Convolutions.GroupNorm_2",
     "conv2": "Convolutions.Conv2d_2",
-    "conv_shortcut": "Shortcut",
+    "conv_shortcut": "Shortcut.Conv2d",
 }
 _ATTENTION = {
     "group_norm": "GroupNorm",

@@ -21,6 +21,7 @@ _AROUND = {
     "quant_conv": "quant_conv",
     "post_quant_conv": "post_quant_conv",
 }
+_IGNORED = {"loss": "what judges pictures in training: a discriminator and a perceptual distance"}
 
 
 def single_file_keys(config: Mapping[str, Any]) -> KeyMap:
@@ -36,7 +37,7 @@ def single_file_keys(config: Mapping[str, Any]) -> KeyMap:
     """
     levels = len(config.get("block_out_channels", (64,)))
     lines: dict[str, str | Rule] = {**_AROUND, **dict(_levels(levels)), **dict(_middle())}
-    return KeyMap(lines, name="the autoencoder of the single file")
+    return KeyMap(lines, ignore=_IGNORED, name="the autoencoder of the single file")
 
 
 def _levels(levels: int) -> Iterator[tuple[str, str]]:
@@ -64,6 +65,6 @@ def _middle() -> Iterator[tuple[str, str | Rule]]:
         attention = f"{side}.mid_block.attentions.0"
         yield f"{side}.mid.attn_1.norm", f"{attention}.group_norm"
         for before, after in _ATTENTION.items():
-            # A 1x1 convolution is a linear layer.
-            yield f"{side}.mid.attn_1.{before}.weight", Squeeze(f"{attention}.{after}.weight", count=2)
+            # A 1x1 convolution is a linear layer, and some files hold it as one.
+            yield f"{side}.mid.attn_1.{before}.weight", Squeeze(f"{attention}.{after}.weight", count=2, ndim=2)
             yield f"{side}.mid.attn_1.{before}.bias", f"{attention}.{after}.bias"

@@ -15,14 +15,18 @@ from torch import Tensor
 import refiners.fluxion.layers as fl
 
 
-class Shortcut(fl.Conv2d):
-    """Brings the input of a block to the channels of its output.
+class ContiguousInTraining(fl.Module):
+    """Lays an image out channel by channel while a model is trained; convolutions of another layout round otherwise."""
 
-    In training it works on contiguous memory, as upstream: convolutions of another memory layout round otherwise.
-    """
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return x.contiguous() if self.training else x
 
-    def forward(self, input: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch _ height width"]:
-        return super().forward(input.contiguous() if self.training else input)
+
+class Shortcut(fl.Chain):
+    """Brings the input of a block to the channels of its output, on contiguous memory in training, as upstream."""
+
+    def __init__(self, in_channels: int, out_channels: int, **factory: Unpack[fl.Factory]) -> None:
+        super().__init__(ContiguousInTraining(), fl.Conv2d(in_channels, out_channels, kernel_size=1, **factory))
 
 
 class Convolutions(fl.Chain):
@@ -65,7 +69,7 @@ class ResidualBlock(fl.Sum):
         self.norm_eps = norm_eps
         super().__init__(
             Convolutions(in_channels, out_channels, num_groups, norm_eps, **factory),
-            fl.Identity() if in_channels == out_channels else Shortcut(in_channels, out_channels, 1, **factory),
+            fl.Identity() if in_channels == out_channels else Shortcut(in_channels, out_channels, **factory),
         )
 
     def _fold(self, folded: Any, output: Any) -> Any:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import refiners.fluxion.layers as fl
 from reference_ports.blocks.activations import ACTIVATIONS
@@ -27,7 +26,7 @@ from reference_ports.clip.model import (
     clip_text_h,
     clip_text_l,
 )
-from reference_ports.clip.single_file import OPEN_CLIP_PROJECTION_KEYS, OPEN_CLIP_TEXT_KEYS
+from reference_ports.clip.single_file import OPEN_CLIP_PROJECTION_KEYS, OPEN_CLIP_TEXT_KEYS, POSITION_IDS
 from reference_ports.clip.text import (
     CLIPTextEncoder,
     CLIPTextModel,
@@ -37,7 +36,7 @@ from reference_ports.clip.text import (
     HighestId,
 )
 from reference_ports.clip.whole import CLIP
-from refiners.conversion import TRANSFORMERS_NEUTRAL, TRANSFORMERS_ONLY, ConfigReader, KeyMap, Port, Recomputed
+from refiners.conversion import TRANSFORMERS_NEUTRAL, TRANSFORMERS_ONLY, ConfigReader, KeyMap, Port
 
 _LAYER = "TransformerLayer_{i+1}"
 _ATTENTION = f"{_LAYER}.AttentionResidual.SelfAttention"
@@ -55,12 +54,6 @@ _LAYERS = KeyMap(
     }
 )
 
-
-def _counting(shape: torch.Size) -> Tensor:
-    return torch.arange(shape[-1]).expand(shape)
-
-
-_POSITION_IDS = Recomputed("0, 1, 2, …: the port counts by itself", _counting)
 _OTHER_HALF = "belongs to the other half of CLIP"
 
 _TEXT = _LAYERS | KeyMap(
@@ -69,7 +62,7 @@ _TEXT = _LAYERS | KeyMap(
         "embeddings.position_embedding": "TextEmbeddings.PositionalEncoder.Embedding",
         "final_layer_norm": "LayerNorm",
     },
-    ignore={"embeddings.position_ids": _POSITION_IDS},
+    ignore={"embeddings.position_ids": POSITION_IDS},
 )
 _IMAGE = _LAYERS | KeyMap(
     {
@@ -78,7 +71,7 @@ _IMAGE = _LAYERS | KeyMap(
         "embeddings.position_embedding": "ImageEmbeddings.PlacedTokens.ImagePositions",
         "pre_layrnorm": "ImageEmbeddings.LayerNorm",
     },
-    ignore={"embeddings.position_ids": _POSITION_IDS},
+    ignore={"embeddings.position_ids": POSITION_IDS},
 )
 _NO_IMAGE = KeyMap(
     {}, ignore={"vision_model": _OTHER_HALF, "visual_projection": _OTHER_HALF, "logit_scale": _OTHER_HALF}

@@ -35,16 +35,20 @@ _LINES = {
     "ln_final": "final_layer_norm",
 }
 _FUSED = {f"{_BLOCK}.attn.in_proj_{{p}}": Split(*(f"{_LAYER}.self_attn.{name}_proj.{{p}}" for name in ("q", "k", "v")))}
-_IGNORED = {
-    "visual": "belongs to the other half of CLIP",
-    "logit_scale": "weighs similarities, which come after the embeddings",
-    "attn_mask": "hides the words that follow, which the port does by itself",
-}
 
 
 def _counting(shape: torch.Size) -> Tensor:
     return torch.arange(shape[-1]).expand(shape)
 
+
+POSITION_IDS = Recomputed("0, 1, 2, …: upstream and the port count by themselves", _counting, upstream_reads=False)
+"""Transformers 5 leaves out what a file says of them: half precision has spoilt those of many a checkpoint."""
+_IGNORED = {
+    "visual": "belongs to the other half of CLIP",
+    "logit_scale": "weighs similarities, which come after the embeddings",
+    "attn_mask": "hides the words that follow, which the port does by itself",
+    "transformer.text_model.embeddings.position_ids": POSITION_IDS,  # of tools that merge checkpoints
+}
 
 OPEN_CLIP_TEXT_KEYS = KeyMap({**_LINES, **_FUSED}, ignore=_IGNORED, name="OpenCLIP's text encoder")
 """From OpenCLIP's text encoder, without its projection, to the keys of `CLIPTextModel` of transformers 5."""
@@ -65,7 +69,7 @@ def single_file_keys(config: Mapping[str, Any]) -> KeyMap:
     return KeyMap(
         {"text_model.{rest}": "{rest}"},
         ignore={
-            "text_model.embeddings.position_ids": Recomputed("0, 1, 2, …: the port counts by itself", _counting),
+            "text_model.embeddings.position_ids": POSITION_IDS,
             "text_projection": _NO_TEXT_HEAD,
         },
         name="the text encoder of the single file",

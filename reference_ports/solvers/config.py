@@ -184,7 +184,7 @@ def _all_names() -> set[str]:
     return {field.name for kind in kinds for field in fields(kind) if not field.metadata.get("sampling")}
 
 
-def _read(read: ConfigReader, kind: Any, field: Field[Any], foreign: Mapping[str, Mapping[str, str]]) -> Any:
+def _read(read: ConfigReader, kind: Any, field: Field[Any], foreign: Mapping[str, Mapping[str, str | None]]) -> Any:
     name, default = field.name, None if field.default is MISSING else field.default
     options = [option for option in get_args(kind) if option is not NoneType] if NoneType in get_args(kind) else [kind]
     if name == "trained_betas" or (default is None and name not in read.config):

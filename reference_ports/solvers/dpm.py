@@ -23,6 +23,7 @@ from reference_ports.solvers.parameters import TimestepSpacing, ZeroTerminalSNRP
 from reference_ports.solvers.prediction import Number, Sample, draw
 from reference_ports.solvers.solver import OrderedState
 from reference_ports.solvers.spacing import Grid, lu, spaced_timesteps, timesteps_of
+from refiners.errors import InputError
 
 _SHORT = 15
 """Below that many steps `lower_order_final` has an effect."""
@@ -32,9 +33,10 @@ _SHORT = 15
 class DPMParameters(LambdaParameters):
     """What both forms share."""
 
-    foreign_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+    foreign_values: ClassVar[Mapping[str, Mapping[str, str | None]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+        "variance_type": dict.fromkeys(("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), None),
     }
 
     algorithm_type: Algorithm = "dpmsolver++"
@@ -209,6 +211,11 @@ class DPMMultistep(DPMSolver[DPMMultistepParameters]):
             return Plan(terms)
         end, start, *before = self._lambdas(*range(step + 1, step - order, -1))
         h, r0 = end - start, (start - before[0]) / (end - start)
+        if order == 3 and h == 0:
+            raise InputError(
+                f"Step {step} leads nowhere, for σ is the same before and after it, and upstream computes NaN in third "
+                "order: set lower_order_final=True, final_sigmas_type='zero', or solver_order=2."
+            )
         if order == 2:
             return Plan(terms, (1.0 / r0,))
         r1 = (before[0] - before[1]) / h

@@ -25,6 +25,7 @@ from reference_ports.solvers.prediction import Number, Sample, draw
 from reference_ports.solvers.sigmas import SigmaParameters, SigmaSolver, ancestral, denoised, tensor_of
 from reference_ports.solvers.solver import rows
 from reference_ports.solvers.spacing import Grid, timesteps_of
+from refiners.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,6 @@ class EulerParameters(SigmaSpacingParameters, ZeroTerminalSNRParameters, SigmaPa
     prediction_type: PredictionType = "epsilon"
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     """How σ is read between two timesteps; `log_linear` spaces ln σ evenly instead, whatever the timesteps."""
-    sigma_min: float | None = None
-    sigma_max: float | None = None
     timestep_type: Literal["discrete", "continuous"] = "discrete"
     """`continuous` gives a denoiser of `v_prediction` ln σ / 4 instead of the timestep."""
     final_sigmas_type: FinalSigma = "zero"
@@ -77,11 +76,15 @@ class Euler(SigmaSolver[EulerParameters]):
 
     def make_schedule(self) -> None:
         self.sigmas, timesteps = self._make_sigmas()
-        own = self.params
-        if own.timestep_type == "continuous" and own.prediction_type == "v_prediction":
+        if self.is_continuous:
             timesteps = torch.stack([0.25 * sigma.log() for sigma in self.sigmas[:-1]])
         self.timesteps = timesteps
         self.set_initial_scale()
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the denoiser is given ln σ / 4."""
+        return self.params.timestep_type == "continuous" and self.params.prediction_type == "v_prediction"
 
     def _make_sigmas(self) -> tuple[torch.Tensor, torch.Tensor]:
         own, training = self.params, self.training_sigmas()
@@ -89,6 +92,10 @@ class Euler(SigmaSolver[EulerParameters]):
             sigmas = np.array(self.given_sigmas).astype(np.float32)
             return tensor_of(sigmas), tensor_of(timesteps_of(sigmas[:-1], np.log(training)))
         sigmas, timesteps = self.spaced_sigmas()
+        if self.given_timesteps is not None and self.is_continuous:
+            raise InputError(
+                "timestep_type='continuous' with v_prediction has no timesteps of the training: give sigmas instead."
+            )
         last = training[0] if own.final_sigmas_type == "sigma_min" else 0
         return tensor_of(np.append(sigmas, last)), tensor_of(timesteps)
 
@@ -97,13 +104,6 @@ class Euler(SigmaSolver[EulerParameters]):
             return super().interpolated(timesteps, training)
         start, end, count = np.log(training[-1]).item(), np.log(training[0]).item(), self.num_inference_steps + 1
         return torch.linspace(start, end, count, dtype=torch.float32, device="cpu").exp().numpy()
-
-    def range_of(self, sigmas: Grid) -> tuple[float, float]:
-        own, (largest, smallest) = self.params, super().range_of(sigmas)
-        return (
-            largest if own.sigma_max is None else own.sigma_max,
-            smallest if own.sigma_min is None else own.sigma_min,
-        )
 
     def make_steps(self) -> None:
         super().make_steps()

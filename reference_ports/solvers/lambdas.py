@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reference_ports.solvers.dpm_numbers import Level, level_of
 from reference_ports.solvers.noise import alphas_cumprod_of, sigmas_of
-from reference_ports.solvers.parameters import SAMPLING, BetaParameters, FinalSigma, SigmaSpacingParameters
+from reference_ports.solvers.parameters import SAMPLING, SPACINGS, BetaParameters, FinalSigma, SigmaSpacingParameters
 from reference_ports.solvers.prediction import Number, Sample, clean_sample, noise_of, thresholded
 from reference_ports.solvers.sigmas import indices_of, tensor_of
 from reference_ports.solvers.solver import Solver, column
@@ -86,7 +86,17 @@ class LambdaSolver(Solver[L]):
         sigmas, timesteps = self.spaced_sigmas(training)
         last = self.last_sigma(sigmas, training) if self.params.final_sigmas_type == "sigma_min" else 0
         self.sigmas = tensor_of(np.append(sigmas, last))
+        self._check_straight_path()
         self.timesteps = tensor_of(timesteps, torch.int64)
+
+    def _check_straight_path(self) -> None:
+        largest = self.sigmas.max().item()
+        if self.params.use_flow_sigmas and largest > 1:
+            chosen = [name for name in (*SPACINGS, "use_lu_lambdas") if getattr(self.params, name, False)]
+            raise InputError(
+                f"use_flow_sigmas excludes {' and '.join(chosen)} here: along a straight path σ falls from 1 to 0, and "
+                f"these begin at {largest:.4g}, where upstream computes NaN. Leave one of the two out."
+            )
 
     def spaced_sigmas(self, training: Grid) -> tuple[Grid, Grid]:
         """σ of each step but where the last leads, and its timestep, in float64."""
@@ -105,16 +115,11 @@ class LambdaSolver(Solver[L]):
 
     def respaced(self, training: Grid) -> tuple[Grid, Grid] | None:
         """σ that are spaced by themselves, and their timesteps, where the parameters ask for it."""
-        largest, smallest = self.range_of(training)
-        sigmas = respaced(self.params, largest, smallest, self.num_inference_steps)
+        sigmas = respaced(self.params, training[-1].item(), training[0].item(), self.num_inference_steps)
         if sigmas is None:
             return None
         timesteps = timesteps_of(sigmas, np.log(training))
         return sigmas, timesteps.round() if self.params.use_karras_sigmas else timesteps
-
-    def range_of(self, training: Grid) -> tuple[float, float]:
-        """The largest and the smallest σ between which they are spaced by themselves."""
-        return training[-1].item(), training[0].item()
 
     def spaced(self, training: Grid) -> Grid:
         """The timesteps of the schedule."""

@@ -37,7 +37,7 @@ class Parameters:
         InputError: a value is not among those that its field allows. Lists all that do not fit.
     """
 
-    foreign_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    foreign_values: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
     """Values that only other solvers have, and what they stand for when their configuration is read for this one."""
 
     num_train_timesteps: int = 1000
@@ -90,18 +90,26 @@ class ClippingParameters(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class SigmaSpacingParameters(Parameters):
-    """Noise levels that are spaced by themselves instead of following the timesteps; at most one is true."""
+    """Noise levels that are spaced by themselves instead of following the timesteps; at most one is true.
+
+    Only `EulerDiscreteScheduler` and `UniPCMultistepScheduler` declare the two bounds. Upstream's other schedulers obey
+    those of a file as well, whichever class it was written for.
+    """
 
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    """The bounds of noise levels that are spaced by themselves; those of the schedule unless given."""
 
     def problems(self) -> list[str]:
-        chosen = [name for name in _SPACINGS if getattr(self, name)]
+        chosen = [name for name in SPACINGS if getattr(self, name)]
         return [*super().problems(), *([f"{' and '.join(chosen)} exclude one another"] if len(chosen) > 1 else [])]
 
 
-_SPACINGS = tuple(field.name for field in fields(SigmaSpacingParameters) if field.name.startswith("use_"))
+SPACINGS = tuple(field.name for field in fields(SigmaSpacingParameters) if field.name.startswith("use_"))
+"""The names of the kinds of spacing."""
 
 
 @cache

@@ -75,8 +75,7 @@ class SigmaSolver(Solver[B]):
         own, training, timesteps = self.params, self.training_sigmas(), self.spaced()
         sigmas = self.interpolated(timesteps, training)
         if isinstance(own, SigmaSpacingParameters):
-            largest, smallest = self.range_of(sigmas)
-            spaced = respaced(own, largest, smallest, self.num_inference_steps)
+            spaced = respaced(own, sigmas[0].item(), sigmas[-1].item(), self.num_inference_steps)
             if spaced is not None:
                 if self.given_timesteps is not None:
                     raise InputError(
@@ -88,10 +87,6 @@ class SigmaSolver(Solver[B]):
     def interpolated(self, timesteps: Grid, training: Grid) -> Grid:
         """σ at some timesteps."""
         return np.interp(timesteps, np.arange(len(training)), training)
-
-    def range_of(self, sigmas: Grid) -> tuple[float, float]:
-        """The largest and the smallest σ between which they are spaced by themselves."""
-        return sigmas[0].item(), sigmas[-1].item()
 
     def set_initial_scale(self) -> None:
         """The scale of the first sample: √(σ² + 1) where the schedule begins below the noisiest timestep."""

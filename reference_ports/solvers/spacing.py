@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from reference_ports.solvers.parameters import SigmaSpacingParameters, TimestepSpacing
+from refiners.errors import InputError
 
 Grid = np.ndarray
 """Numbers along time, from the noisiest on."""
@@ -43,7 +44,13 @@ def karras(largest: float, smallest: float, count: int) -> Grid:
 
 
 def exponential(largest: float, smallest: float, count: int) -> Grid:
-    """σ whose logarithms are evenly spaced."""
+    """σ whose logarithms are evenly spaced.
+
+    Raises:
+        InputError: one of the bounds has no logarithm.
+    """
+    if smallest <= 0 or largest <= 0:
+        raise InputError(f"use_exponential_sigmas needs σ above 0, and they run from {largest:g} to {smallest:g}.")
     return np.exp(np.linspace(math.log(largest), math.log(smallest), count))
 
 
@@ -62,7 +69,13 @@ def lu(largest: float, smallest: float, count: int) -> Grid:
 
 
 def respaced(parameters: SigmaSpacingParameters, largest: float, smallest: float, count: int) -> Grid | None:
-    """The noise levels that the parameters ask for, or None where they follow the timesteps."""
+    """The noise levels that the parameters ask for, or None where they follow the timesteps.
+
+    Receives:
+        largest, smallest: their bounds, unless the parameters have their own.
+    """
+    largest = largest if parameters.sigma_max is None else parameters.sigma_max
+    smallest = smallest if parameters.sigma_min is None else parameters.sigma_min
     if parameters.use_karras_sigmas:
         return karras(largest, smallest, count)
     if parameters.use_exponential_sigmas:

@@ -28,7 +28,7 @@ from refiners.errors import InputError
 class UniPCParameters(LambdaParameters, ZeroTerminalSNRParameters):
     """The parameters of `UniPC`."""
 
-    foreign_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+    foreign_values: ClassVar[Mapping[str, Mapping[str, str | None]]] = {
         "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
     }
 
@@ -40,8 +40,6 @@ class UniPCParameters(LambdaParameters, ZeroTerminalSNRParameters):
     """Steps that are not corrected."""
     timestep_spacing: TimestepSpacing = "linspace"
     steps_offset: int = 0
-    sigma_min: float | None = None
-    sigma_max: float | None = None
     shift_terminal: float | None = None
     """The last σ of a straight path, to which the others are stretched."""
 
@@ -103,13 +101,6 @@ class UniPC(LambdaSolver[UniPCParameters]):
         return spaced_timesteps(
             own.timestep_spacing, own.num_train_timesteps, count, offset=own.steps_offset, extra=extra
         ).round()
-
-    def range_of(self, training: Grid) -> tuple[float, float]:
-        own, (largest, smallest) = self.params, super().range_of(training)
-        return (
-            largest if own.sigma_max is None else own.sigma_max,
-            smallest if own.sigma_min is None else own.sigma_min,
-        )
 
     def respaced(self, training: Grid) -> tuple[Grid, Grid] | None:
         spaced = super().respaced(training)

@@ -21,7 +21,7 @@ _RESIDUAL = {
     "time_emb_proj": "Convolutions.TimestepShift.TimestepProjection",
     "norm2": "Convolutions.GroupNorm_2",
     "conv2": "Convolutions.Conv2d_2",
-    "conv_shortcut": "Shortcut",
+    "conv_shortcut": "Shortcut.Conv2d",
 }
 _PLACES = {
     "down_blocks.{i}": "DownBlocks.DownBlock_{i+1}",

@@ -82,7 +82,7 @@ def convert_file(
         model = port.build() if config is None else port.from_config(config)
     stored = open_weights(in_path, variant)
     weights = port.weights(stored, model)
-    weights.check_values()
+    unread = weights.check_values()
     meta = weights.meta()
     wanted = {key: t.to(dtype) if dtype is not None and t.is_floating_point() else t for key, t in meta.items()}
     header = Header.plan(wanted, {"format": "pt", "port": port.name})
@@ -98,5 +98,7 @@ def convert_file(
             file.path.replace(target)
             shutil.rmtree(folder)
     odd = file.not_finite
-    warnings = tuple(f"{key}, made of {' and '.join(weights.origin(key))}, holds {what}" for key, what in odd.items())
-    return ConvertedFile(Path(out_path), len(header.places), header.size, kept, file.digests, odd, warnings)
+    warnings = [f"{key}, made of {' and '.join(weights.origin(key))}, holds {what}" for key, what in odd.items()]
+    return ConvertedFile(
+        Path(out_path), len(header.places), header.size, kept, file.digests, odd, tuple(warnings + unread)
+    )

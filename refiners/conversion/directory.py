@@ -109,9 +109,12 @@ def convert_directory(
     model = open_directory(in_path, bundles, kind, variant, configs)
     tokenizers = _tokenizers(model, tokenizer)
     headers = {name: _header(part.weights.meta(), dtype) for name, part in model.parts.items()}
-    for part in model.parts.values():
-        if isinstance(part.weights, ConvertedWeights):
-            part.weights.check_values()
+    unread = [
+        f"{name}: {line}"
+        for name, part in model.parts.items()
+        if isinstance(part.weights, ConvertedWeights)
+        for line in part.weights.check_values()
+    ]
     nbytes = sum(header.size for header in headers.values())
     beside = sum(file.stat().st_size for source in tokenizers.values() for file in _files(source))
     with workplace(target, _plan(model, headers, dtype), nbytes + beside, overwrite) as folder:
@@ -132,7 +135,7 @@ def convert_directory(
         for name, part in parts.items()
         for key, what in part.not_finite.items()
     ]
-    return ConvertedModel(target, model.kind, parts, tuple(warnings), tuple(_notes(model, tokenizers)))
+    return ConvertedModel(target, model.kind, parts, tuple(warnings + unread), tuple(_notes(model, tokenizers)))
 
 
 def _plan(model: OpenedModel, headers: Mapping[str, Header], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -119,16 +119,20 @@ class ConvertedWeights(LazyWeights):
         other._source = self._source.over(stored)
         return other
 
-    def check_values(self) -> None:
+    def check_values(self) -> list[str]:
         """Reads the tensors that have no place because their values are known, and checks that they are those.
+
+        Returns:
+            a line for each that is not, but that upstream does not read either.
 
         Raises:
             ConversionError: a tensor has other values.
         """
-        check_upstream(self._plan, Entries(self._source, frozenset(), {}))
+        odd = check_upstream(self._plan, Entries(self._source, frozenset(), {}))
         self._plan.problems.raise_if_any(f"{self._key_map.name} cannot be converted", "Nothing was converted.")
         if isinstance(self._source, ConvertedWeights):
-            self._source.check_values()
+            odd += self._source.check_values()
+        return odd
 
     def origin(self, key: str) -> tuple[str, ...]:
         return tuple(name for given in self._made_by[self._twin(key)].upstream for name in self._source.origin(given))

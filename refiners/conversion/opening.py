@@ -21,7 +21,7 @@ from refiners.conversion.files import StoredWeights, WeightFiles
 from refiners.conversion.lazy import ConvertedWeights, LazyWeights, WeightsBelow, WeightsInMemory
 from refiners.conversion.patterns import Pattern, PatternIndex
 from refiners.conversion.problems import Problems
-from refiners.conversion.recognise import Bundles, find_bundle, recognise
+from refiners.conversion.recognise import Bundles, find_bundle, looks_alone, recognise
 from refiners.conversion.variants import open_weights
 from refiners.errors import ConversionError, FileFormatError
 from refiners.fluxion.layers.loading import adopt_weights
@@ -184,7 +184,8 @@ def _open_folder(path: Path, bundles: Bundles, kind: str | None, variant: str | 
         raise FileFormatError(f"{path} lacks the folders {', '.join(absent)} of {bundle.title}. Download them too.")
     index = read_config(path / _INDEX) if (path / _INDEX).is_file() else {}
     configs = {part.name: read_config(path / part.folder / "config.json") for part in bundle.parts}
-    parts = _parts(bundle, path, configs, {part.name: stored[part.folder] for part in bundle.parts}, _published)
+    own = {part.name: stored[part.folder] for part in bundle.parts}
+    parts = _parts(bundle, path, configs, own, _published, bundles)
     used = {"scheduler", *(part.folder for part in bundle.parts), *bundle.tokenizers}
     left_out = {
         name: "no part of the port"
@@ -224,15 +225,21 @@ def _parts(
     configs: Mapping[str, Mapping[str, Any]],
     stored: Mapping[str, StoredWeights],
     chain: Chain,
+    sights: Bundles | None = None,
 ) -> dict[str, OpenedPart]:
-    """All parts, or one error that says what does not fit in any of them."""
+    """All parts, or one error that says what does not fit in any of them.
+
+    Receives:
+        sights: given, the weights of a part that does not fit are looked at: they may be another part's.
+    """
     parts: dict[str, OpenedPart] = {}
     problems: list[str] = []
     for part in bundle.parts:
         try:
             parts[part.name] = _part(part, configs[part.name], stored[part.name], chain)
         except ConversionError as error:
-            problems.append(f"{part.name}: {error}")
+            stranger = _stranger(part, stored[part.name], sights or {})
+            problems.append(f"{part.name}: {stranger or error}")
     if problems:
         advice = (
             "\nIf its sizes are not the published ones, give their configurations: --config DIR, with unet/config.json "
@@ -242,6 +249,19 @@ def _parts(
             f"{path} does not fit {bundle.title}.\n" + "\n".join(problems) + (advice if chain is _below else "")
         )
     return parts
+
+
+def _stranger(part: Part, stored: StoredWeights, sights: Bundles) -> str:
+    """What is wrong with a folder that holds the weights of something else than a part; else the empty text."""
+    looks = looks_alone(sights, stored.shapes)
+    if not looks:
+        return ""
+    with torch.device("meta"):
+        published = part.keys(part.config).invert(part.build(part.config).state_dict())
+    expected = looks_alone(sights, {key: tensor.shape for key, tensor in published.items()})
+    if looks == expected:
+        return ""
+    return f"{stored.path} looks like {looks}, not {expected or 'a ' + part.name}. Put the published files there."
 
 
 def _part(part: Part, config: Mapping[str, Any], stored: StoredWeights, chain: Chain) -> OpenedPart:

@@ -214,7 +214,9 @@ class Planner:
             looks_like = hint(expected[0], unplaced) if len(problems.keys("missing")) < 40 else ""
             problems.add("missing", key, text + looks_like)
         for count, (canonical, key) in enumerate(self._unknown):
-            looks_like = hint(canonical, absent or list(self._given)) if count < 40 else ""
+            looks_like = (
+                hint(canonical, absent or [key for key in self._given if key != canonical]) if count < 40 else ""
+            )
             if (other := self.given_ties.get(key)) is not None:
                 looks_like = f"; it is the same memory as {other!r}: declare it in tied={{…}} if it repeats that"
             problems.add("unexpected", key, "no line of the key map covers it" + looks_like)

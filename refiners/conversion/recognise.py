@@ -59,18 +59,44 @@ def recognise(
         raise ConversionError(f"{path} looks like {looks}, which have the same weights. Say which it is: {names}.")
     if not narrowed:
         known = ", ".join(bundle.title for bundle in bundles.values() if bundle.parts)
-        some = ", ".join(list(shapes)[:3])
+        seen = _what_is_there(bundles, shapes)
         raise ConversionError(
-            f"{path} looks like no model that can be converted ({known}); it holds {len(shapes)} tensors: {some}, … "
-            "Say what it is to see what does not fit."
+            f"{path} looks like no model that can be converted ({known}); {seen} To see what does not fit, say what it "
+            f"is: refiners convert KIND {path} OUT."
         )
     if not narrowed[0].parts:
         raise ConversionError(f"{path} looks like {looks}. {_advice(narrowed)}")
     return narrowed[0]
 
 
+def _what_is_there(bundles: Bundles, shapes: Mapping[str, torch.Size]) -> str:
+    """What the folders look like, and which of those that all models have is absent; or the first keys."""
+    folders = {key.partition("/")[0] for key in shapes if "/" in key}
+    sights = {folder: looks_alone(bundles, below(shapes, folder)) for folder in sorted(folders)}
+    seen = [f"{folder} looks like {sight}" for folder, sight in sights.items() if sight]
+    if not seen:
+        return f"it holds {len(shapes)} tensors: {', '.join(list(shapes)[:3])}, …"
+    needed = [{part.folder for part in bundle.parts} for bundle in bundles.values() if bundle.parts]
+    absent = sorted(needed[0].intersection(*needed) - folders) if needed else []
+    lacking = f"; it lacks the folder {' and '.join(absent)}" if absent else ""
+    return f"in it, {', '.join(seen)}{lacking}."
+
+
+def looks_alone(bundles: Bundles, shapes: Mapping[str, torch.Size]) -> str:
+    """What the weights of one part look like, such as `an autoencoder`; the empty text if they look like nothing."""
+    fitting = [bundle.title for bundle in bundles.values() if not bundle.parts and bundle.recognises(shapes)]
+    return " or ".join(title.removesuffix(" alone") for title in fitting)
+
+
+def below(shapes: Mapping[str, torch.Size], folder: str) -> dict[str, torch.Size]:
+    """The keys and shapes of one folder, without its name."""
+    return {key.removeprefix(f"{folder}/"): shape for key, shape in shapes.items() if key.startswith(f"{folder}/")}
+
+
 def _advice(fitting: list[Bundle]) -> str:
     names = [bundle.name for bundle in fitting if bundle.parts]
+    if not names and all(bundle.title.endswith(" alone") for bundle in fitting):
+        return "Nothing was converted: that is one part of a model. `refiners ports` lists the ports, which read parts."
     if not names:
         return "Nothing was converted: no port reads that."
     return f"Nothing was converted. Convert it as {' or '.join(names)}."

@@ -216,14 +216,18 @@ class Squeeze(Rule):
         target: the port pattern, or rule, of the result.
         dim: where the axes are in the upstream tensor; -1 means the last ones.
         count: how many.
+        ndim: the number of axes of the result. A tensor that has no more is taken as it is: some files hold it so.
     """
 
-    def __init__(self, target: str | Rule, dim: int = -1, count: int = 1) -> None:
+    def __init__(self, target: str | Rule, dim: int = -1, count: int = 1, ndim: int | None = None) -> None:
         super().__init__(target)
         self.dim = dim
         self.count = count
+        self.ndim = ndim
 
     def forward(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if tensors[0].ndim == self.ndim:
+            return list(tensors)
         return [_squeeze(self, tensors[0], self.dim, self.count)]
 
     def backward(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -239,10 +243,13 @@ class Recomputed:
     Receives:
         reason: why the port does not hold it.
         value: the tensor for a shape, such as `lambda shape: torch.arange(shape[-1]).expand(shape)`.
+        upstream_reads: whether upstream computes with what a file holds. False where it makes the tensor itself as
+            well: other bytes are then told, not refused.
     """
 
     reason: str
     value: Callable[[torch.Size], Tensor]
+    upstream_reads: bool = True
 
 
 def _shapes(tensors: Sequence[Tensor]) -> str:

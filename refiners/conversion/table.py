@@ -66,6 +66,7 @@ class Ignored:
     pattern: Pattern
     reason: str
     value: Callable[[torch.Size], Tensor] | None
+    upstream_reads: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +126,9 @@ class Table:
             raise ConversionError(
                 f"ignore={{{pattern!r}: …}} has no reason. Say why the port does not need these weights."
             )
-        value = None if isinstance(reason, str) else reason.value
+        value, is_read = (None, True) if isinstance(reason, str) else (reason.value, reason.upstream_reads)
         key = Pattern(pattern)
-        self.upstream.add(key, Ignored(key, text, value))
+        self.upstream.add(key, Ignored(key, text, value, is_read))
 
     def canonical(self, key: str) -> str:
         """The spelling of an upstream key that the lines use: each alias applied once at most."""

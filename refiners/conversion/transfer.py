@@ -36,8 +36,13 @@ def transfer(plan: Plan, given: Entries, wanted: Entries | None, to_port: bool) 
     return _fill_ties(plan.problems, results, wanted) if wanted is not None and to_port else results
 
 
-def check_upstream(plan: Plan, given: Entries) -> None:
-    """Adds to the plan's problems the upstream tensors that stay out although they hold bytes of their own."""
+def check_upstream(plan: Plan, given: Entries) -> list[str]:
+    """Adds to the plan's problems the upstream tensors that stay out although they hold bytes of their own.
+
+    Returns:
+        a line for each that holds such bytes and that upstream does not read either.
+    """
+    odd: list[str] = []
     for key, original in plan.tied.items():
         if not same_bits(given.tensors[key], given.tensors[original]):
             plan.problems.add("value", key, f"is declared to repeat {original!r} and has other bytes")
@@ -45,8 +50,13 @@ def check_upstream(plan: Plan, given: Entries) -> None:
         tensor = given.tensors[key]
         if ignored.value is None or tensor.is_meta:
             continue
-        if not same_bits(tensor.cpu(), _compute(ignored.value, tensor, tensor.dtype)):
+        if same_bits(tensor.cpu(), _compute(ignored.value, tensor, tensor.dtype)):
+            continue
+        if ignored.upstream_reads:
             plan.problems.add("value", key, f"is recomputed ({ignored.reason}) and has other bytes")
+        else:
+            odd.append(f"{key} holds other values than those that count ({ignored.reason}): it is left out")
+    return odd
 
 
 def recomputed(plan: Plan, wanted: Entries) -> dict[str, Tensor]:

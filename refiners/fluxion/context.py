@@ -160,6 +160,10 @@ class ContextProvider:
                     holder = provider
             holder._writable().setdefault(name, {}).update(context)
 
+    def remove_context(self, key: str) -> None:
+        """Forget the context of that name, as far as this provider itself holds one."""
+        self._writable().pop(key, None)
+
     @property
     def values(self) -> Contexts:
         """What this provider itself holds for the current call, scope or thread."""

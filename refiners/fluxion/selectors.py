@@ -20,7 +20,7 @@ from torch import nn
 
 from refiners.errors import SelectionError, TreeTypeError
 from refiners.fluxion.layers.branch import Branch
-from refiners.fluxion.layers.journal import note_undo, transaction
+from refiners.fluxion.layers.journal import all_or_nothing, note_undo
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.tree import describe
 
@@ -189,6 +189,7 @@ class Selection(Generic[M]):
         """The only module of this selection."""
         return next(iter(self.expect(1)))
 
+    @all_or_nothing
     def replace(self, make: Callable[[M], nn.Module]) -> list[nn.Module]:
         """Put `make(module)` in the place of each module, in all its places, or change nothing if anything fails.
 
@@ -201,20 +202,19 @@ class Selection(Generic[M]):
         places = self._matches(self.filters)
         self._check(len(places), None)
         made: dict[int, nn.Module] = {}
-        with transaction():
-            for place in places:
-                if id(place.module) not in made:
-                    made[id(place.module)] = make(cast(Any, place.module))
-            _check_made(made.values())
-            put: set[int] = set()
-            # From the last to the first: what lies inside of a module is replaced before the module is.
-            for place in reversed(places):
-                new = made[id(place.module)]
-                if isinstance(new, ContextModule) and id(new) in put:
-                    new = new.structural_copy()
-                put.add(id(new))
-                if new is not place.module:
-                    _put(place, new)
+        for place in places:
+            if id(place.module) not in made:
+                made[id(place.module)] = make(cast(Any, place.module))
+        _check_made(made.values())
+        put: set[int] = set()
+        # From the last to the first: what lies inside of a module is replaced before the module is.
+        for place in reversed(places):
+            new = made[id(place.module)]
+            if isinstance(new, ContextModule) and id(new) in put:
+                new = new.structural_copy()
+            put.add(id(new))
+            if new is not place.module:
+                _put(place, new)
         return list(made.values())
 
     def __repr__(self) -> str:

@@ -18,11 +18,12 @@ from reference_ports.pipelines.stable_diffusion.guidance import (
     Guidance,
     SequentialGuidance,
 )
+from reference_ports.pipelines.stable_diffusion.inpainting import inpaint
 from reference_ports.pipelines.stable_diffusion.loras import ModelLoras, load_loras
 from reference_ports.pipelines.stable_diffusion.model import LatentDiffusionModel
 from reference_ports.pipelines.stable_diffusion.sd import StableDiffusion_1, StableDiffusion_2
 from reference_ports.pipelines.stable_diffusion.size import AestheticCondition, SizeCondition
-from reference_ports.pipelines.stable_diffusion.tasks import edit, image_to_image, inpaint, text_to_image
+from reference_ports.pipelines.stable_diffusion.tasks import edit, image_to_image, text_to_image
 from reference_ports.pipelines.stable_diffusion.text import PromptTooLongWarning
 from reference_ports.pipelines.stable_diffusion.tokenizer_files import read_tokenizer
 from reference_ports.pipelines.stable_diffusion.xl import StableDiffusion_XL, StableDiffusion_XL_Refiner, XLModel

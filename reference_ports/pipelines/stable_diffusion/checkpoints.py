@@ -187,6 +187,7 @@ _LEFT_OUT = {
     "logvar": "weighs the loss in training",
     "lvlb_weights": "weighs the loss in training",
     "scale_factor": "the scale of latents, which the configuration of the autoencoder holds",
+    **dict.fromkeys(("global_step", "epoch"), "how long it was trained"),
 }
 
 

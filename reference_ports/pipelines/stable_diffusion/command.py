@@ -22,8 +22,9 @@ from torch import Generator
 from reference_ports.pipelines.stable_diffusion.directory import from_directory
 from reference_ports.pipelines.stable_diffusion.extra_channels import EditingModel, ExtraChannelsModel
 from reference_ports.pipelines.stable_diffusion.generation import Generation
+from reference_ports.pipelines.stable_diffusion.inpainting import inpaint
 from reference_ports.pipelines.stable_diffusion.model import LatentDiffusionModel
-from reference_ports.pipelines.stable_diffusion.tasks import edit, image_to_image, inpaint, text_to_image
+from reference_ports.pipelines.stable_diffusion.tasks import edit, image_to_image, text_to_image
 from reference_ports.pipelines.stable_diffusion.text import PromptTooLongWarning
 from reference_ports.solvers import SOLVERS
 from refiners.conversion.files import check_writable
@@ -50,10 +51,12 @@ class Request:
     negative_prompt: str | None = None
     image: Path | None = None
     mask: Path | None = None
+    mask_crop: int | None = None
     strength: float | None = None
     solver: str | None = None
     steps: int = 30
     seed: int | None = None
+    count: int = 1
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
@@ -62,6 +65,13 @@ class Request:
     loras: tuple[str, ...] = ()
     overwrite: bool = False
 
+    @property
+    def outputs(self) -> list[Path]:
+        """Where the pictures go: the output, or numbered names beside it for several."""
+        if self.count == 1:
+            return [self.output]
+        return [self.output.with_stem(f"{self.output.stem}-{number}") for number in range(1, self.count + 1)]
+
     def check(self) -> None:
         """Checks what can be checked without the model.
 
@@ -69,7 +79,10 @@ class Request:
             InputError: an option is out of range, or needs another one.
             FileFormatError: the output cannot be written.
         """
-        check_output(self.output, self.overwrite)
+        if self.count < 1:
+            raise InputError(f"--count is {self.count}: at least one picture has to be made.")
+        for path in self.outputs:
+            check_output(path, self.overwrite)
         if self.steps < 1:
             raise InputError(f"--steps is {self.steps}: at least one step is needed.")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
@@ -80,6 +93,10 @@ class Request:
             raise InputError(f"There is no solver {self.solver!r}. There are {', '.join(SOLVERS)}.")
         if self.mask is not None and self.image is None:
             raise InputError("--mask says which part of a picture to make anew: give the picture with --image.")
+        if self.mask_crop is not None and self.mask is None:
+            raise InputError("--mask-crop works on what a mask hides: give one with --mask.")
+        if self.mask_crop is not None and self.mask_crop < 0:
+            raise InputError(f"--mask-crop is {self.mask_crop}: it is a number of pixels, 0 or more.")
         if self.strength is not None and self.image is None:
             raise InputError("--strength says how much of a picture to change: give the picture with --image.")
         if self.image is not None and self.mask is None and (self.height or self.width):
@@ -95,7 +112,7 @@ class Request:
 
 
 def generate(**options: Any) -> str:
-    """Makes the picture, writes it, and says what was made.
+    """Makes the pictures, writes them, and says what was made.
 
     Raises:
         InputError: an option cannot be honoured, or the memory does not suffice.
@@ -116,10 +133,14 @@ def generate(**options: Any) -> str:
         count = len(generation)
         take_steps(generation, console)
         with console.status("Decoding"):
-            image = generation.images()[0]
-    write_picture(image, request.output)
-    solver = type(model.solver).__name__
-    return f"{request.output}: {image.width}x{image.height} pixels, {count} steps of {solver}, seed {seed}."
+            images = generation.images()
+    for image, path in zip(images, request.outputs, strict=True):
+        write_picture(image, path)
+    size, solver = f"{images[0].width}x{images[0].height} pixels", type(model.solver).__name__
+    where = f"{request.output}: {size}"
+    if len(images) > 1:
+        where = f"{request.outputs[0]} to {request.outputs[-1].name}: {len(images)} pictures of {size}"
+    return f"{where}, {count} step{'' if count == 1 else 's'} of {solver}, seed {seed}."
 
 
 def lora_of(text: str) -> tuple[Path, float]:
@@ -156,6 +177,7 @@ def begin(
         "num_inference_steps": request.steps,
         "condition_scale": request.guidance,
         "generator": generator,
+        "num_images_per_prompt": request.count,
     }
     if request.strength is not None:
         options["strength"] = request.strength
@@ -165,8 +187,12 @@ def begin(
         return text_to_image(model, **prompts, height=request.height, width=request.width, **options)
     if mask is not None:
         height, width = (length - length % 8 for length in (picture.height, picture.width))
+        if request.mask_crop is not None:  # the picture keeps its size: the box is worked on at that of the model
+            height, width = model.default_size
         size = {"height": request.height or height, "width": request.width or width}
-        return inpaint(model, **prompts, image=picture, mask=mask, **size, **options)
+        return inpaint(
+            model, **prompts, image=picture, mask=mask, padding_mask_crop=request.mask_crop, **size, **options
+        )
     if isinstance(model, EditingModel):
         return edit(model, **prompts, image=picture, **options)
     if isinstance(model, ExtraChannelsModel):

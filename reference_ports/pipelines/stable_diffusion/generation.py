@@ -42,6 +42,7 @@ class Generation:
         condition_scale: how far the guidance goes.
         generator: for solvers that draw noise.
         after_step: what is done to the latents after each step.
+        finish: what is done to each finished picture, such as putting it into a larger one; `pixels` are without it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Generation:
         condition_scale: float,
         generator: Generators = None,
         after_step: AfterStep | None = None,
+        finish: Callable[[Image], Image] | None = None,
     ) -> None:
         self.model = model
         self.latents = latents
@@ -62,6 +64,7 @@ class Generation:
         self.condition_scale = condition_scale
         self.generator = generator
         self.after_step = after_step
+        self.finish = finish
 
     def __len__(self) -> int:
         """The number of steps that are left."""
@@ -92,4 +95,5 @@ class Generation:
 
     def images(self) -> list[Image]:
         """The finished pictures, for Pillow."""
-        return pixels_to_images(self.model.decode(self.run()))
+        images = pixels_to_images(self.model.decode(self.run()))
+        return images if self.finish is None else [self.finish(image) for image in images]

@@ -21,10 +21,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from refiners.conversion.loras import LoraFile, LoraSpecs, read_loras, recognise, write_loras
-from refiners.errors import ConversionError
+from refiners.conversion.loras import LoraFile, read_loras, specs_for_parts, write_loras
 from refiners.fluxion.adapters import LoraSet, inject_loras
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """What of a model a LoRA file can be for."""
@@ -92,15 +91,15 @@ class ModelLoras:
         for loras in self.sets.values():
             yield from loras.parameters()
 
+    @all_or_nothing
     def eject(self) -> None:
         """Takes them out of all parts, or out of none if one fails.
 
         Raises:
             AdapterError: (a ValueError) they were ejected already.
         """
-        with transaction():
-            for loras in self.sets.values():
-                loras.eject()
+        for loras in self.sets.values():
+            loras.eject()
 
     def write(self, path: Path | str, layout: str = "diffusers", overwrite: bool = False) -> None:
         """Writes them to a file, with what the file they came from said about itself. See `write_loras`.
@@ -114,6 +113,7 @@ class ModelLoras:
         write_loras(path, specs, models, layout=layout, metadata=self.file.metadata, overwrite=overwrite)
 
 
+@all_or_nothing
 def load_loras(
     model: nn.Module,
     source: Path | str | Mapping[str, Tensor] | LoraFile,
@@ -133,38 +133,16 @@ def load_loras(
 
     Raises:
         FileFormatError: the file is truncated, corrupted, a pickle or of another format.
-        ConversionError: it does not fit the model. Lists all, and says which model it looks made for.
+        ConversionError: it does not fit the model. Lists what is wrong in any part, and says which model it looks made
+            for.
         AdapterError: the model has LoRAs of that name already, or these would change nothing.
     """
     file = source if isinstance(source, LoraFile) else read_loras(source, strict=False)
     trees = {part: getattr(model, part) for part in PARTS if isinstance(getattr(model, part, None), nn.Module)}
-    specs = match_parts(file, trees, strict)
+    specs = specs_for_parts(file, trees, strict=strict)
     changes = any(not spec.changes_nothing() for found in specs.values() for spec in found.values())
-    with transaction():
-        sets = {
-            part: inject_loras(trees[part], found, name=name, scale=scale, allow_no_change=changes)
-            for part, found in specs.items()
-        }
+    sets = {
+        part: inject_loras(trees[part], found, name=name, scale=scale, allow_no_change=changes)
+        for part, found in specs.items()
+    }
     return ModelLoras(name, sets, file)
-
-
-def match_parts(file: LoraFile, trees: Mapping[str, nn.Module], strict: bool = True) -> dict[str, LoraSpecs]:
-    """The adapters of a file for each part of a model.
-
-    Raises:
-        ConversionError: something does not fit, or the model lacks a part that the file is for.
-    """
-    if not file.entries:
-        file.problems.raise_if_any(f"{file.title} cannot be read as LoRAs", "Nothing was loaded.")
-    parts = ("unet",) if file.parts == ("",) else file.parts
-    absent = [part for part in parts if part not in trees]
-    if absent and (strict or len(absent) == len(parts)):
-        looks = recognise(file)
-        advice = f" It looks like a LoRA of {looks}." if looks else ""
-        raise ConversionError(
-            f"{file.title} holds LoRAs for {' and '.join(absent)}, and the model has {', '.join(trees)} only.{advice} "
-            "Nothing was loaded."
-        )
-    given = {part: "" if file.parts == ("",) else part for part in parts if part in trees}
-    found = {part: file.specs_for(trees[part], part=held, strict=strict) for part, held in given.items()}
-    return {part: specs for part, specs in found.items() if specs}

@@ -82,7 +82,9 @@ _SIGHTS: Mapping[str, Callable[[Shapes], bool]] = {
     "the x4 upscaler of SD 2": _upscales,
     "an autoencoder alone": partial(_begins, ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "loss.")),
     "a UNet alone": partial(_begins, ("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.", "add_")),
-    "a text encoder alone": partial(_begins, ("text_model.", "text_projection.")),
+    "a text encoder alone": partial(
+        _begins, ("text_model.", "text_projection.", "embeddings.", "encoder.layers.", "final_layer_norm.")
+    ),
 }
 
 KNOWN_BY_SIGHT = tuple(Bundle(name=title, title=title, recognises=sight) for title, sight in _SIGHTS.items())

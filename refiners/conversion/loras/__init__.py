@@ -1,7 +1,7 @@
 """LoRA files of diffusers, peft and kohya's scripts: read, matched to trees by name, and written."""
 
 from refiners.conversion.loras.file import LoraEntry, LoraFile
-from refiners.conversion.loras.matching import LoraSpecs, specs_for
+from refiners.conversion.loras.matching import LoraSpecs, specs_for, specs_for_parts
 from refiners.conversion.loras.names import LoraNames, LoraTarget, names_of, register, registered
 from refiners.conversion.loras.reading import read_loras
 from refiners.conversion.loras.recognition import recognise
@@ -23,6 +23,7 @@ __all__ = [
     "register",
     "registered",
     "specs_for",
+    "specs_for_parts",
     "write_file",
     "write_loras",
 ]

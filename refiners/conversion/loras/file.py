@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from refiners.conversion.loras.matching import LoraSpecs
     from refiners.conversion.loras.names import Named
 
-METHODS = ("lora", "dora", "loha", "lokr")
+METHODS = ("lora", "dora", "locon", "loha", "lokr")
 """The methods whose adapters are LoRAs, by a wide meaning of the word: `inject_loras` takes them."""
 
 
@@ -64,21 +64,18 @@ class LoraEntry:
             with_values: whether the values are looked at, which reads the file.
         """
         spec = self.spec
-        if not with_values:
-            shapes = {role: tensor.to("meta") for role, tensor in spec.tensors.items()}
-            spec = replace(spec, tensors=shapes)
-        found = spec.validate() if spec.method in METHODS else _problems_of_others(spec)
+        found = spec.validate(with_values) if spec.method in METHODS else _problems_of_others(spec, with_values)
         alpha = self.spec.alpha
         if alpha is not None and not math.isfinite(alpha):
             found.append(f"alpha is {alpha}")
         return found
 
 
-def _problems_of_others(spec: DeltaSpec) -> list[str]:
+def _problems_of_others(spec: DeltaSpec, with_values: bool) -> list[str]:
     return [
         f"{role} holds values that are not finite"
         for role, tensor in spec.tensors.items()
-        if not tensor.is_meta and not is_finite(tensor)
+        if with_values and not is_finite(tensor)
     ]
 
 

@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from refiners.fluxion.adapters.lora.forms import with_axes
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
 
 Shape = tuple[int, ...]
@@ -23,6 +24,8 @@ def misfit(spec: DeltaSpec, layer: nn.Module) -> str:
     if not isinstance(weight, Tensor):
         return f"is for {type(layer).__name__}, which has no weight"
     shape = tuple(weight.shape)
+    if not isinstance(layer, nn.Embedding):
+        spec = with_axes(spec, len(shape))
     made = _SHAPES[spec.method](spec.tensors, shape, layer)
     if made is not None and len(made) > len(shape) and prod(made[len(shape) :]) == 1:
         made = made[: len(shape)]  # peft keeps the core of a 1-D convolution with an axis more
@@ -48,6 +51,11 @@ def _of_lora(tensors: Mapping[str, Tensor], weight: Shape, layer: nn.Module) -> 
     if groups != getattr(layer, "groups", 1):
         return None
     return up.shape[0], down.shape[1] // groups, *down.shape[2:]
+
+
+def _of_locon(tensors: Mapping[str, Tensor], weight: Shape, layer: nn.Module) -> Shape | None:
+    down, mid, up = (tensors[role].shape for role in ("down", "mid", "up"))
+    return None if getattr(layer, "groups", 1) != 1 else (up[0], down[1], *mid[2:])
 
 
 def _of_loha(tensors: Mapping[str, Tensor], weight: Shape, layer: nn.Module) -> Shape | None:
@@ -92,6 +100,7 @@ def _of_norm(tensors: Mapping[str, Tensor], weight: Shape, layer: nn.Module) -> 
 _SHAPES: Mapping[str, Callable[[Mapping[str, Tensor], Shape, nn.Module], Shape | None]] = {
     "lora": _of_lora,
     "dora": _of_lora,
+    "locon": _of_locon,
     "loha": _of_loha,
     "lokr": _of_lokr,
     "ia3": _of_ia3,

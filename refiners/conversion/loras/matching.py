@@ -63,19 +63,58 @@ def specs_for(
         ConversionError: names, shapes or values do not fit, or the file holds nothing for the model. Lists all.
     """
     names = names_of(model, key_map)
+    found = _match(file, names, part, set(methods))
+    if strict:
+        found.problems.raise_if_any(
+            f"{file.title} is no LoRA for {names.title}", _advice(file, found.problems, [names.title])
+        )
+    return found
+
+
+def specs_for_parts(file: LoraFile, models: Mapping[str, Named], *, strict: bool = True) -> dict[str, LoraSpecs]:
+    """The adapters of a file for several models, by part. What does not fit any of them is told in one error.
+
+    Receives:
+        file: what `read_loras` has read.
+        models: the tree of each part, or the names of its layers.
+        strict: as in `specs_for`; False leaves out the parts of the file of which there is no model, too.
+
+    Raises:
+        ConversionError: names, shapes or values do not fit, a part has no model, or none has. Lists all.
+    """
+    names = {part: names_of(model) for part, model in models.items()}
+    problems = Problems()
+    if not file.entries:
+        file.problems.raise_if_any(f"{file.title} cannot be read as LoRAs", "Nothing was loaded.")
+    # A file of one model says no part, and is for the first.
+    given = {next(iter(models)): ""} if file.parts == ("",) else {part: part for part in file.parts}
+    absent = [part for part in given if part not in models]
+    found = {part: _match(file, names[part], held, set(METHODS)) for part, held in given.items() if part in models}
+    for specs in found.values():
+        problems.update(specs.problems)
+    for part in absent:
+        text = f"holds {len(file.of_part(part))} LoRAs for {part}, and the model has {', '.join(models)} only"
+        problems.add("unexpected", part, text)
+    if strict or not found:
+        titles = [names[part].title for part in found]
+        what = f"{file.title} is no LoRA for {' and '.join(titles) or 'the model'}"
+        problems.raise_if_any(what, _advice(file, problems, titles))
+    return {part: specs for part, specs in found.items() if specs}
+
+
+def _match(file: LoraFile, names: LoraNames, part: str | None, methods: set[str]) -> LoraSpecs:
+    """What fits, and in its problems what does not."""
     if not file.entries:
         file.problems.raise_if_any(f"{file.title} cannot be read as LoRAs", "Nothing was loaded.")
     found = LoraSpecs()
     found.configs = file.configs
     found.problems.update(file.problems)
     entries = file.of_part(_part(file, names, part))
-    _check_methods(file, entries, set(methods))
+    _check_methods(file, entries, methods)
+    joined = file.layout == "kohya"
     for entry in entries:
-        _place(entry, names, file.layout == "kohya", found)
+        _place(entry, names, joined, found)
     _report_missing(file, entries, names, found)
-    if not strict or not found.problems:
-        return found
-    found.problems.raise_if_any(f"{file.title} is no LoRA for {names.title}", _advice(file, found, names))
     return found
 
 
@@ -139,16 +178,18 @@ def _nearest(name: str, names: LoraNames, joined: bool, problems: Problems) -> s
 def _report_missing(file: LoraFile, entries: list[LoraEntry], names: LoraNames, found: LoraSpecs) -> None:
     """The layers that peft's configuration names, and that the file does not hold."""
     config = file.configs.get(entries[0].part) if entries else None
-    if config is None or config.targets is None or found.problems:
-        return
+    if config is None or config.targets is None or "unexpected" in found.problems.lines:
+        return  # a key that is not understood may be the one that is missed
+    held = {path for entry in entries for path in names.find(entry.module, file.layout == "kohya")}
     for name, path in names.paths.items():
-        if path not in found and config.is_target(name) and isinstance(names.layers.get(path), nn.Module):
-            found.problems.add("missing", name, "is a target of the configuration, and the file holds nothing for it")
+        if path not in held and config.is_target(name) and isinstance(names.layers.get(path), nn.Module):
+            text = "is a target of the configuration, and the file holds nothing for it"
+            found.problems.add("missing", entries[0].prefix + name, text)
 
 
-def _advice(file: LoraFile, found: LoraSpecs, names: LoraNames) -> str:
-    looks = "" if set(found.problems.lines) == {"value"} else recognise(file)
-    if looks and looks != names.title:
+def _advice(file: LoraFile, problems: Problems, titles: list[str]) -> str:
+    looks = "" if set(problems.lines) == {"value"} else recognise(file)
+    if looks and not set(looks.split(", ")) <= set(titles):
         return f"It looks like a LoRA of {looks}. Nothing was loaded."
     return "Nothing was loaded. Check that it was trained on this model; strict=False leaves out what does not fit."
 

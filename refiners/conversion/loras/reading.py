@@ -240,4 +240,6 @@ def _method_of(roles: Mapping[str, Key]) -> str:
         return "ia3"
     if "norm_weight" in roles or "norm_bias" in roles:
         return "norm"
+    if "mid" in roles:
+        return "locon"
     return "dora" if "magnitude" in roles else "lora"

@@ -25,6 +25,7 @@ _LORA_ENDS: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_down.weight": "down",
+    "lora_mid.weight": "mid",
     "lora_up.weight": "up",
     "lora_up.bias": "up_bias",
     "dora_scale": "magnitude",
@@ -50,7 +51,6 @@ ENDS: Mapping[str, str] = {**_LORA_ENDS, **_OTHER_ENDS}
 
 # Ends of keys that mean something else, with what they mean: they are refused by name, not passed over.
 STRANGE_ENDS: Mapping[str, str] = {
-    "lora_mid.weight": "the core of a LoCon with a Tucker decomposition, which is not read",
     "diff": "a whole difference of weights, which is no LoRA",
     "diff_b": "a whole difference of biases, which is no LoRA",
     "w_norm": "a difference of a norm's weights, which is not read",

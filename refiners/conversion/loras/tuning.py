@@ -11,10 +11,11 @@ from refiners.errors import ConversionError
 from refiners.fluxion.adapters.ia3 import inject_ia3
 from refiners.fluxion.adapters.sets import AdapterSet
 from refiners.fluxion.adapters.tuning import inject_norm_tuning
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.selectors import Selection, select
 
 
+@all_or_nothing
 def inject_tuning(model: nn.Module, file: LoraFile, key_map: KeyMap | None = None) -> AdapterSet:
     """Injects the IA3 or the tuned norms of a file into a model, or changes nothing if anything fails.
 
@@ -36,9 +37,8 @@ def inject_tuning(model: nn.Module, file: LoraFile, key_map: KeyMap | None = Non
     specs = specs_for(file, names, methods=methods)
     chosen = {id(names.layers[path]): path for path in specs}
     layers = select(model).where(lambda layer: id(layer) in chosen)
-    with transaction():
-        adapters = _inject(layers, specs, chosen) if "ia3" in methods else inject_norm_tuning(layers)
-        adapters.load_state_dict({key: tensor for path in specs for key, tensor in _state(path, specs).items()})
+    adapters = _inject(layers, specs, chosen) if "ia3" in methods else inject_norm_tuning(layers)
+    adapters.load_state_dict({key: tensor for path in specs for key, tensor in _state(path, specs).items()})
     return adapters
 
 

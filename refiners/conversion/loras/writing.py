@@ -11,13 +11,14 @@ from refiners.conversion.files import check_writable
 from refiners.conversion.loras.file import LoraEntry, LoraFile
 from refiners.conversion.loras.matching import model_paths
 from refiners.conversion.loras.names import LoraNames, Named, names_of
-from refiners.conversion.loras.peft_config import encode_config
+from refiners.conversion.loras.peft_config import PEFT_TYPES, encode_config
 from refiners.conversion.loras.peft_writing import config_of
 from refiners.conversion.loras.reading import CONFIG, METADATA, WEIGHTS
 from refiners.conversion.loras.roles import ALPHA, PEFT_PREFIX
 from refiners.conversion.loras.storage import write_as_library
 from refiners.conversion.problems import Problems
 from refiners.errors import ConversionError, UnwritableFileError
+from refiners.fluxion.adapters.lora.forms import with_axes
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
 
 Specs = Mapping[str, DeltaSpec]
@@ -30,7 +31,7 @@ _PEFT_ENDS = {
     "magnitude": "lora_magnitude_vector",
 }
 _EMBEDDING_ENDS = {**_PEFT_ENDS, "down": "lora_embedding_A", "up": "lora_embedding_B"}
-_KOHYA_ENDS = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+_KOHYA_ENDS = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 _LYCORIS = {"loha": "hada", "lokr": "lokr"}
 
 
@@ -123,7 +124,7 @@ def lora_file(
     if layout == "kohya":
         return LoraFile(layout, _kohya_entries(specs, names), kept)
     if layout == "peft":
-        _check_one_part(specs)
+        _check_peft(specs)
     else:
         _check_diffusers(specs)
     entries: dict[str, LoraEntry] = {}
@@ -169,10 +170,17 @@ def _is_specs(specs: Specs | Mapping[str, Specs]) -> TypeGuard[Specs]:
     return all(isinstance(value, DeltaSpec) for value in specs.values())
 
 
-def _check_one_part(specs: Mapping[str, Specs]) -> None:
+def _check_peft(specs: Mapping[str, Specs]) -> None:
     if len(specs) != 1:
         raise ConversionError(
             f"A file of peft is for one model, and these LoRAs are for {', '.join(specs)}. Write one file for each."
+        )
+    methods = {spec.method for adapters in specs.values() for spec in adapters.values()}
+    unknown = sorted(methods - {*PEFT_TYPES, "dora"})
+    if unknown:
+        raise ConversionError(
+            f"These LoRAs cannot be written for peft, which has no {' and no '.join(unknown)}. Nothing was written. "
+            "kohya's layout holds them."
         )
 
 
@@ -194,6 +202,8 @@ def _needs_config(spec: DeltaSpec) -> bool:
 
 def _peft_entry(prefix: str, part: str, name: str, spec: DeltaSpec, layer: nn.Module | None) -> LoraEntry:
     ends = _EMBEDDING_ENDS if isinstance(layer, nn.Embedding) else _PEFT_ENDS
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        spec = with_axes(spec, layer.weight.ndim)  # the only form that peft reads
     if spec.method in _LYCORIS:
         ends = {role: f"{_LYCORIS[spec.method]}_{role}" for role in spec.tensors}
     keys = {role: f"{prefix}{name}.{ends[role]}" for role in spec.tensors}

@@ -23,7 +23,7 @@ from refiners.fluxion.adapters.frozen import freeze
 from refiners.fluxion.context import ContextProvider, Contexts, open_scope, providers_of, running_frames
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.selectors import Selection
 
 _checkpoint = cast(Callable[..., Any], torch_checkpoint.checkpoint)  # pyright: ignore[reportUnknownMemberType] (torch does not annotate it)
@@ -86,6 +86,7 @@ class CheckpointAdapter(Chain, Adapter[nn.Module]):
         return {provider: provider.values for provider in waiting}
 
 
+@all_or_nothing
 def inject_checkpoints(where: Selection[Any], /) -> "CheckpointSet":
     """Checkpoint each module of a selection; or none, if one fails. They may lie inside one another.
 
@@ -104,11 +105,10 @@ def inject_checkpoints(where: Selection[Any], /) -> "CheckpointSet":
     for module, parent in where.pairs:
         modules.setdefault(id(module), (module, []))[1].append(_checked(module, parent))
     adapters: list[CheckpointAdapter] = []
-    with transaction():
-        for module, parents in modules.values():
-            # A module that stands in several places is checkpointed in all of them.
-            root = where.root if len(parents) > 1 and isinstance(where.root, Chain) else parents[0]
-            adapters.append(CheckpointAdapter(module).inject(root))
+    for module, parents in modules.values():
+        # A module that stands in several places is checkpointed in all of them.
+        root = where.root if len(parents) > 1 and isinstance(where.root, Chain) else parents[0]
+        adapters.append(CheckpointAdapter(module).inject(root))
     return CheckpointSet(adapters)
 
 
@@ -135,12 +135,12 @@ class CheckpointSet:
     def __repr__(self) -> str:
         return f"CheckpointSet({len(self)} modules)"
 
+    @all_or_nothing
     def eject(self) -> None:
         """Take all of them out, or none if one fails.
 
         Raises:
             AdapterError: (a ValueError) One is not injected any more.
         """
-        with transaction():
-            for adapter in reversed(self.adapters):
-                adapter.eject()
+        for adapter in reversed(self.adapters):
+            adapter.eject()

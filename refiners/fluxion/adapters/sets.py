@@ -15,7 +15,7 @@ from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.weights import named_base_modules, nearest
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing, note_undo, note_values
 from refiners.fluxion.layers.module import WeightedModule
 from refiners.fluxion.selectors import Selection
 
@@ -60,21 +60,21 @@ class AdapterSet:
         self._is_injected = True
 
     @classmethod
+    @all_or_nothing
     def inject(cls, selection: Selection[Any], make: MakesAdapter) -> Self:
         """Put an adapter around each layer of a selection; all of them, or none if one fails."""
         chosen: dict[int, tuple[nn.Module, list[Any]]] = {}
         for layer, parent in selection.outside(Delta).pairs:
             chosen.setdefault(id(layer), (layer, []))[1].append(parent)
-        with transaction():
-            adapters: list[TuningAdapter] = []
-            for layer, parents in chosen.values():
-                where = parents[0] if len({id(parent) for parent in parents}) == 1 else selection.root
-                if not isinstance(where, Chain):
-                    raise AdapterError(
-                        f"{layer} stands in {type(where).__name__}, which is no Chain, so no adapter can take its "
-                        "place. Turn that module into a Chain, or select other layers."
-                    )
-                adapters.append(make(layer).inject(where))
+        adapters: list[TuningAdapter] = []
+        for layer, parents in chosen.values():
+            where = parents[0] if len({id(parent) for parent in parents}) == 1 else selection.root
+            if not isinstance(where, Chain):
+                raise AdapterError(
+                    f"{layer} stands in {type(where).__name__}, which is no Chain, so no adapter can take its "
+                    "place. Turn that module into a Chain, or select other layers."
+                )
+            adapters.append(make(layer).inject(where))
         return cls(selection.root, adapters)
 
     def __len__(self) -> int:
@@ -88,6 +88,15 @@ class AdapterSet:
     def adapters(self) -> tuple[TuningAdapter, ...]:
         """The adapters, in the order of the tree."""
         return self._adapters
+
+    @property
+    def why_idle(self) -> str:
+        """What keeps its weights from being trained, and what to do about it; "" if nothing does."""
+        if not self._is_injected:
+            return "it was ejected: inject it again"
+        if not all(adapter.tuned.enabled for adapter in self._adapters):
+            return "it is disabled: set enabled = True first"
+        return ""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights of this set, for an optimizer."""
@@ -115,6 +124,7 @@ class AdapterSet:
             for adapter, value in zip(self._adapters, before, strict=True):
                 adapter.tuned.enabled = value
 
+    @all_or_nothing
     def eject(self) -> None:
         """Take the set out; or change nothing if one of its adapters fails.
 
@@ -123,16 +133,17 @@ class AdapterSet:
         """
         if not self._is_injected:
             raise AdapterError(f"{self} is not injected any more, so it cannot be ejected.")
-        with transaction():
-            for adapter in self._adapters:
-                if adapter.is_injected and adapter.parent is not None:
-                    adapter.eject()
+        for adapter in self._adapters:
+            if adapter.is_injected and adapter.parent is not None:
+                adapter.eject()
+        note_undo(lambda: setattr(self, "_is_injected", True))
         self._is_injected = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights: for each layer, by the path it has in the base."""
         return {key: parameter.detach() for key, parameter in self._by_key().items()}
 
+    @all_or_nothing
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy other weights in. A compiled model needs no compilation for that.
 
@@ -151,9 +162,9 @@ class AdapterSet:
         if problems:
             text = "\n".join(problems)
             raise ConversionError(f"The weights do not fit {self}, and nothing was loaded.\n{text}")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(state[key])
+        note_values(parameters.values())
+        for key, parameter in parameters.items():
+            parameter.detach().copy_(state[key].detach())
 
     def _by_key(self) -> dict[str, nn.Parameter]:
         adapters = {id(adapter.target): adapter for adapter in self._adapters}

@@ -24,6 +24,11 @@ class TrainedSet(Protocol):
         """The model."""
         ...
 
+    @property
+    def why_idle(self) -> str:
+        """What keeps its weights from being trained, and what to do about it; "" if nothing does."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights of the adapters."""
         ...
@@ -38,6 +43,10 @@ class Training:
     """
 
     def __init__(self, sets: tuple[TrainedSet, ...]) -> None:
+        idle = [f"  {adapters!r}: {adapters.why_idle}" for adapters in sets if adapters.why_idle]
+        if idle:
+            lines = "\n".join(idle)
+            raise AdapterError(f"What takes no part in what the model computes cannot be trained.\n{lines}")
         wanted = {id(parameter): parameter for adapters in sets for parameter in adapters.parameters()}
         rest = {id(parameter): parameter for adapters in sets for parameter in adapters.root.parameters()}
         self._parameters = list(wanted.values())
@@ -83,7 +92,7 @@ def trainable(*sets: TrainedSet) -> Training:
         What undoes it: a context manager, or its `restore()`.
 
     Raises:
-        AdapterError: (a ValueError) There is nothing to train.
+        AdapterError: (a ValueError) There is nothing to train, or a set is ejected, merged or disabled.
 
     Example:
         >>> import refiners.fluxion.layers as fl

@@ -72,8 +72,12 @@ class CopyTuningAdapter(TuningAdapter):
             raise AdapterError(f"{layer} was injected into {self}, which stands next to its layer: inject it before.")
         (x,) = args
         weight = tuned.weight if "weight" in tuned.names else layer.weight
-        bias = tuned.bias if "bias" in tuned.names else getattr(layer, "bias", None)
-        return compute_with(layer, x, weight, bias)
+        return compute_with(layer, x, weight, self.bias_in_use())
+
+    def bias_in_use(self) -> Tensor | None:
+        """The bias that is added. A DoRA around it has to know, since it does not rescale that."""
+        tuned = self[1]
+        return tuned.bias if tuned.enabled and "bias" in tuned.names else getattr(self.target, "bias", None)
 
 
 class NormTuningAdapter(CopyTuningAdapter):

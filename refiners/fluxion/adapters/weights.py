@@ -15,6 +15,8 @@ from refiners.errors import ConversionError
 from refiners.fluxion.adapters.merging import merge_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.branch import Branch
+from refiners.fluxion.layers.module import ContextModule
+from refiners.fluxion.layers.slots import Slots, holders_of
 from refiners.fluxion.layers.tree import child_names
 from refiners.fluxion.selectors import children_of
 
@@ -40,6 +42,31 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         prefix = f"{path}." if path else ""
         waiting += [(f"{prefix}{name}", child) for name, child in reversed(base_children(module))]
+
+
+def paths_of(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Where some modules are: what `named_base_modules` gives of them, their first places only, and in less time."""
+    wanted = {id(layer) for layer in layers}
+    above: set[int] = set()
+    for layer in layers:
+        for node in [layer] if isinstance(layer, ContextModule) else holders_of(layer):
+            link: Any = node
+            while link is not None and id(link) not in above:
+                above.add(id(link))
+                link = link.parent
+    paths: dict[str, nn.Module] = {}
+    waiting = [("", base_of(model))]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in wanted:
+            wanted.remove(id(module))
+            paths[path] = module
+        prefix = f"{path}." if path else ""
+        for name, child in reversed(base_children(module)):
+            # A module of another kind knows nobody, so what it holds is searched.
+            if id(child) in wanted or (id(child) in above if isinstance(child, Slots) else vars(child)["_modules"]):
+                waiting.append((f"{prefix}{name}", child))
+    return paths
 
 
 def base_state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
@@ -110,6 +137,8 @@ def load_adapter_state_dict(
 def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children that a module of the base has in it, with the keys they have there."""
     children = children_of(module)
+    if not any(isinstance(child, Adapter) for _, child in children):
+        return children
     bases = [base_of(child) for _, child in children]
     # A Chain names its children after their classes; the names in a plain module are what they are.
     names = child_names(bases) if isinstance(module, Branch) else [key for key, _ in children]

@@ -14,9 +14,8 @@ Adapters nest: one that is injected later on the same target stands inside the o
 in any order. An injection is a transaction: it is done completely or not at all.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeGuard, TypeVar, cast
 from weakref import ref
 
@@ -24,7 +23,7 @@ from torch import nn
 
 from refiners.errors import AdapterError, AdapterTypeError
 from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.journal import note_undo, transaction
+from refiners.fluxion.layers.journal import all_or_nothing, note_undo
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.slots import holders_of
 
@@ -83,7 +82,7 @@ class Adapter(Generic[T]):
             )
         for name in ("inject", "eject"):
             if name in cls.__dict__:
-                setattr(cls, name, _in_transaction(cls.__dict__[name]))
+                setattr(cls, name, all_or_nothing(cls.__dict__[name]))
 
     @property
     def target(self) -> T:
@@ -123,6 +122,7 @@ class Adapter(Generic[T]):
         else:
             yield
 
+    @all_or_nothing
     def inject(self, parent: Chain | None = None) -> Self:
         """Take the place of the target, and return this adapter.
 
@@ -135,47 +135,46 @@ class Adapter(Generic[T]):
             AdapterError: (a ValueError) The target is not there, the parent is missing, or this adapter is injected
                 already. The tree is as before.
         """
-        with transaction():
-            chain = self._as_chain()
-            if self._is_injected:
-                raise AdapterError(f"{chain} is injected already. Eject it first, or build a second adapter.")
-            target = self.target
-            places = self._places(parent)
-            self._match_training_mode()
-            for place in places:
-                if is_adapter(place) and place.uses_parameters_of_target and place.adapts(target):
-                    raise AdapterError(
-                        f"{place} computes with the parameters of {target}, so nothing can be injected between the "
-                        f"two: eject it first, inject {chain}, and inject it again."
-                    )
-            _set(self, "_is_injected", True)
-            if not places:
-                self._become_parent(cast(Any, target))
-                return self
-            copies = [chain.structural_copy() for _ in places[1:]]
-            for place, adapter in zip(places, [chain, *copies], strict=True):
-                _put(place, target, adapter)
-            for copied in copies:
-                _set(copied, "_is_injected", True)
-            _set(self, "_twins", tuple(copies))
+        chain = self._as_chain()
+        if self._is_injected:
+            raise AdapterError(f"{chain} is injected already. Eject it first, or build a second adapter.")
+        target = self.target
+        places = self._places(parent)
+        self._match_training_mode()
+        for place in places:
+            if is_adapter(place) and place.uses_parameters_of_target and place.adapts(target):
+                raise AdapterError(
+                    f"{place} computes with the parameters of {target}, so nothing can be injected between the "
+                    f"two: eject it first, inject {chain}, and inject it again."
+                )
+        _set(self, "_is_injected", True)
+        if not places:
+            self._become_parent(cast(Any, target))
+            return self
+        copies = [chain.structural_copy() for _ in places[1:]]
+        for place, adapter in zip(places, [chain, *copies], strict=True):
+            _put(place, target, adapter)
+        for copied in copies:
+            _set(copied, "_is_injected", True)
+        _set(self, "_twins", tuple(copies))
         return self
 
+    @all_or_nothing
     def eject(self) -> None:
         """Put the target back where it was, or the outermost adapter that was injected around it later.
 
         Raises:
             AdapterError: (a ValueError) This adapter is not injected.
         """
-        with transaction():
-            chain = self._as_chain()
-            if not self._is_injected:
-                raise AdapterError(f"{chain} is not in any tree, so it cannot be ejected. Inject it first.")
-            for twin in self._twins:
-                if twin.is_injected:
-                    twin.eject()
-            _set(self, "_twins", ())
-            self._eject_from_place(chain)
-            _set(self, "_is_injected", False)
+        chain = self._as_chain()
+        if not self._is_injected:
+            raise AdapterError(f"{chain} is not in any tree, so it cannot be ejected. Inject it first.")
+        for twin in self._twins:
+            if twin.is_injected:
+                twin.eject()
+        _set(self, "_twins", None)
+        self._eject_from_place(chain)
+        _set(self, "_is_injected", False)
 
     def _as_chain(self) -> Chain:
         assert isinstance(self, Chain)
@@ -188,7 +187,7 @@ class Adapter(Generic[T]):
             raise AdapterError(
                 f"{chain} is not in any tree: it was taken out of its parent by hand. Put it back first."
             )
-        top = lookup_top_adapter(chain, target)
+        top = self._outermost(target)
         if top is not target:
             # The inner adapter moves out, and this one holds its target again, as it did before it was injected.
             chain.ensure_find_parent(top).replace_everywhere(top, target)
@@ -201,10 +200,17 @@ class Adapter(Generic[T]):
             _set(chain, "_is_root", None)
             is_held = parent is not None and parent.has_slot_of(top)
             self._pass_root_on(_base_of(target), None if is_held else top)
-        outers: list[Chain] = [] if parent is None else [parent, *parent.get_parents()]
-        for outer in outers:
-            if is_adapter(outer) and outer.adapts(chain):
-                _set(outer, "_target", top)
+        # As `get_parents`, without a list: an adapter is ejected from deep in a tree, and often many are.
+        outer: Any = parent
+        while outer is not None:
+            above, link = outer, outer._parent
+            if isinstance(above, Adapter) and above._target is chain:
+                _set(above, "_target", top)
+            outer = None if link is None else link()
+
+    def _outermost(self, target: nn.Module) -> nn.Module:
+        """What was injected around the target later, or the target itself."""
+        return lookup_top_adapter(self._as_chain(), target)
 
     def _pass_root_on(self, base: nn.Module, top: nn.Module | None) -> None:
         """What the model keeps alive: the outermost adapter around it, if nothing else holds that."""
@@ -276,31 +282,27 @@ if TYPE_CHECKING:
         """What every adapter is, to a type checker."""
 
 
-def _in_transaction(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with transaction():
-            return method(*args, **kwargs)
-
-    return call
+_MISSING = object()
 
 
 def _set(module: Any, name: str, value: Any) -> None:
     """Set a plain attribute, or delete it with None, so that a transaction can undo it."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
+    own = module.__dict__
+    before = own.get(name, _MISSING)
+    if before is _MISSING and value is None:
+        return
 
     def undo() -> None:
-        if before is missing:
-            module.__dict__.pop(name, None)
+        if before is _MISSING:
+            own.pop(name, None)
         else:
-            module.__dict__[name] = before
+            own[name] = before
 
     note_undo(undo)
     if value is None:
-        module.__dict__.pop(name, None)
+        del own[name]
     else:
-        module.__dict__[name] = value
+        own[name] = value
 
 
 def _set_parent(module: nn.Module, parent: Chain | None) -> None:

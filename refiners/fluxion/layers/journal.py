@@ -1,24 +1,41 @@
 """Edits of a tree that are all done, or none of them.
 
-Each primitive edit tells how to undo itself. Inside `transaction()` these notes are kept, and an exception plays them
-back, so that a failing injection of many adapters leaves the tree as it was.
+Each primitive edit tells how to undo itself, before it is done. Inside `transaction()`, or a function that is
+`all_or_nothing`, these notes are kept, and an exception plays them back, so that a failing injection of many adapters
+leaves the tree as it was.
+
+An interrupt (Ctrl-C) may come between any two steps of Python, so also while edits are undone. An undo that it has cut
+short is played once more, which is why each of them may be played twice. No Python code can catch an interrupt on the
+very entry of `__exit__` of a `with` block: what users call is therefore a function that is `all_or_nothing`, where all
+of it is inside of a `try`.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Acts = list[Callable[[], None]]
 
 
 class _Journal(threading.local):
-    undos: list[Callable[[], None]] | None = None
-    endings: list[Callable[[], None]] | None = None
+    undos: Acts | None = None
+    endings: Acts | None = None
+    # What is being undone, the newest last.
+    undoing: Acts | None = None
 
 
 _journal = _Journal()
 
 
 def note_undo(undo: Callable[[], None]) -> None:
-    """Remember how to undo the edit just made, if a transaction is open."""
+    """Remember how to undo the edit about to be made, if a transaction is open. It may be played twice."""
     if _journal.undos is not None:
         _journal.undos.append(undo)
 
@@ -31,6 +48,30 @@ def at_end(act: Callable[[], None]) -> None:
         _journal.endings.append(act)
 
 
+def all_or_nothing(act: Callable[P, R]) -> Callable[P, R]:
+    """Undo all edits that a call makes, newest first, if an exception leaves it. Inner calls join the outer one."""
+
+    @wraps(act)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _journal.undos is not None:
+            return act(*args, **kwargs)
+        try:
+            try:
+                _begin()
+                result = act(*args, **kwargs)
+                _commit()
+            except BaseException:
+                _undo_all()
+                raise
+        except BaseException:
+            # As if nothing had cut the first one short.
+            _undo_all()
+            raise
+        return result
+
+    return call
+
+
 def transaction() -> AbstractContextManager[None]:
     """Undo all edits made inside, newest first, if an exception leaves it. Inner transactions join the outer one."""
     return _Transaction() if _journal.undos is None else _JOINED
@@ -38,21 +79,51 @@ def transaction() -> AbstractContextManager[None]:
 
 class _Transaction(AbstractContextManager[None]):
     def __enter__(self) -> None:
-        _journal.undos, _journal.endings = [], []
+        _begin()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        endings, is_done = _journal.endings or [], False
         try:
             if error is None:
-                for act in endings:
-                    act()
-                is_done = True
+                _commit()
         finally:
-            undos, _journal.undos = _journal.undos or [], None
-            if not is_done:
-                for undo in reversed(undos):
-                    undo()
-            _journal.endings = None
+            try:
+                _undo_all()
+            finally:
+                _undo_all()
 
 
 _JOINED = nullcontext()
+
+
+def note_values(tensors: Iterable[Tensor]) -> None:
+    """Remember the values of tensors that are about to be written to, if a transaction is open."""
+    if _journal.undos is None:
+        return
+    pairs = [(values, values.clone()) for values in (tensor.detach() for tensor in tensors)]
+    note_undo(lambda: _put_back(pairs))
+
+
+def _put_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for values, before in pairs:
+        values.copy_(before)
+
+
+def _begin() -> None:
+    _journal.undos, _journal.endings, _journal.undoing = [], [], None
+
+
+def _commit() -> None:
+    for act in _journal.endings or ():
+        act()
+    _journal.undos = None
+    _journal.endings = None
+
+
+def _undo_all() -> None:
+    """Play back what is not committed. Called again, it goes on where an interrupt has stopped it."""
+    if _journal.undos is not None:
+        _journal.undoing, _journal.endings = _journal.undos, None
+        _journal.undos = None
+    while _journal.undoing:
+        _journal.undoing[-1]()
+        _journal.undoing.pop()

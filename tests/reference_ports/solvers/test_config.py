@@ -91,6 +91,45 @@ def test_values_that_only_other_solvers_have_are_read_as_upstream_does() -> None
     assert solvers.from_config({**SD1, "solver_type": "heun"}, 5, solver="unipc").params.solver_type == "bh2"
 
 
+def test_variances_that_are_not_learned_belong_to_other_solvers() -> None:
+    params = solvers.from_config({**SD1, "variance_type": "fixed_small_log"}, 5, solver="dpm++2m").params
+    assert params.variance_type is None
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("name", ["dpm++2m", "dpm++2s", "euler", "heun", "kdpm2", "kdpm2-a", "unipc", "flow-euler"])
+def test_bounds_of_noise_levels_are_obeyed_by_every_solver_that_spaces_them(name: str, spacing: str) -> None:
+    bounds = {"sigma_min": 0.25, "sigma_max": 8.0, f"use_{spacing}_sigmas": True}
+    solver = solvers.from_config({**SDXL, **bounds}, 4, solver=name)
+    assert float(solver.sigmas.max()) == 8.0
+    assert round(float(solver.sigmas[solver.sigmas > 0].min()), 3) == 0.25
+
+
+@pytest.mark.parametrize("name", ["dpm++2m", "dpm++2s", "unipc"])
+def test_noise_levels_that_no_straight_path_has_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(InputError, match=r"use_flow_sigmas excludes use_exponential_sigmas.*begin at 14\.61"):
+        solvers.from_config({**SD1, "use_flow_sigmas": True, "use_exponential_sigmas": True}, 5, solver=name)
+
+
+def test_steps_that_lead_nowhere_are_refused_where_they_have_no_number() -> None:
+    third = {**SD1, "solver_order": 3, "use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}
+    with pytest.raises(InputError, match="Step 19 leads nowhere.*solver_order=2"):
+        solvers.from_config(third, 20, solver="dpm++2m")
+    assert len(solvers.from_config({**third, "solver_order": 2}, 20, solver="dpm++2m").steps) == 20
+
+
+def test_noise_levels_without_a_logarithm_are_refused() -> None:
+    with pytest.raises(InputError, match="use_exponential_sigmas needs σ above 0, and they run from 8 to 0"):
+        solvers.from_config({**SDXL, "use_exponential_sigmas": True, "sigma_min": 0.0, "sigma_max": 8.0}, 5)
+
+
+def test_continuous_timesteps_refuse_timesteps_of_the_training() -> None:
+    continuous = {**SDXL, "timestep_type": "continuous", "prediction_type": "v_prediction"}
+    with pytest.raises(InputError, match="timestep_type='continuous'.*give sigmas"):
+        solvers.from_config(continuous, timesteps=[900, 400])
+    assert solvers.from_config(continuous, sigmas=[1.0, 0.5, 0.0]).timesteps[0] == 0
+
+
 def test_null_means_false_or_none_where_upstream_reads_it_so() -> None:
     params = solvers.from_config({**SDXL, "use_karras_sigmas": None, "sigma_min": None}, 5).params
     assert (params.use_karras_sigmas, params.sigma_min) == (False, None)

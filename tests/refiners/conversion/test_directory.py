@@ -310,6 +310,17 @@ def test_a_converted_folder_that_is_damaged_is_refused(tmp_path: Path) -> None:
         open_directory(tmp_path / "nowhere", BUNDLES)
 
 
+def test_a_known_value_that_upstream_does_not_read_either_is_told_and_left_out(tmp_path: Path) -> None:
+    counts = Recomputed("counts", lambda shape: torch.arange(shape[0]), upstream_reads=False)
+    keys = KeyMap({"fc": "Linear"}, ignore={"ids": counts})
+    bundles = {"toy": replace(TOY, parts=(NET, replace(HEAD, keys=lambda config: keys)))}
+    source = write_folder(tmp_path / "in")
+    file = source / "the_head" / "diffusion_pytorch_model.safetensors"
+    write_state_dict(file, {**read_state_dict(file), "ids": torch.tensor([1, 0])}, overwrite=True)
+    result = convert_directory(source, tmp_path / "out", bundles)
+    assert result.warnings == ("head: ids holds other values than those that count (counts): it is left out",)
+
+
 def test_a_tensor_whose_value_is_not_the_known_one_leaves_nothing_behind(tmp_path: Path) -> None:
     keys = KeyMap({"fc": "Linear"}, ignore={"ids": Recomputed("counts", lambda shape: torch.arange(shape[0]))})
     bundles = {"toy": replace(TOY, parts=(NET, replace(HEAD, keys=lambda config: keys)))}

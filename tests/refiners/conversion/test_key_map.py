@@ -371,3 +371,10 @@ def test_the_time_of_a_conversion_is_linear_in_the_number_of_keys() -> None:
     as_many_as_sdxl, twice = (min(run[index] for run in times) for index in (0, 1))
     assert as_many_as_sdxl < 0.1
     assert twice / as_many_as_sdxl < 3
+
+
+def test_a_key_that_has_no_place_is_not_told_to_be_near_itself() -> None:
+    with pytest.raises(ConversionError, match=r"surprise\.weight: no line of the key map covers it\n"):
+        KeyMap({"fc": "Linear"}).convert(
+            {"fc.bias": torch.ones(2), "surprise.weight": torch.ones(2)}, {"Linear.bias": (2,)}
+        )

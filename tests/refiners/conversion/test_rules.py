@@ -88,3 +88,10 @@ def test_a_rule_without_target_or_with_too_few_sizes_is_refused() -> None:
 
 def test_a_rule_shows_its_targets_and_its_numbers() -> None:
     assert repr(Split("a", Transpose("b"), dim=1)) == "Split('a', Transpose('b', dim0=0, dim1=1), dim=1, sizes=None)"
+
+
+def test_a_tensor_that_lacks_the_axes_already_is_taken_as_it_is_where_that_is_said() -> None:
+    (flat,) = draw([(2, 3)], torch.float32)
+    assert torch.equal(Squeeze("a", count=2, ndim=2).to_port([flat])[0], flat)
+    with pytest.raises(ConversionError, match="longer than 1"):
+        Squeeze("a", count=2).to_port([flat])

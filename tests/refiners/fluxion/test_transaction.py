@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 import refiners.fluxion.layers as fl
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing, transaction
+from tests.refiners.fluxion.interrupts import interrupted_at
 
 
 def three() -> fl.Chain:
@@ -72,3 +73,58 @@ def test_a_failed_inner_transaction_that_is_caught_keeps_the_outer_edits() -> No
             raise KeyError
         root.append(fl.Sin())
     assert kinds(root) == ["ReLU", "SiLU", "Sin"]
+
+
+# --- interrupts ---------------------------------------------------------------------------------------------------
+
+
+class Fault(Exception):
+    pass
+
+
+@all_or_nothing
+def edited_in_vain(root: fl.Chain) -> None:
+    root.pop(0)
+    root.append(fl.Sin())
+    root.insert(0, fl.Chain(fl.Cos()))
+    raise Fault
+
+
+def test_an_interrupt_at_any_step_of_what_is_all_or_nothing_undoes_all_of_it() -> None:
+    root, steps = three(), 0
+    before = picture(root)
+    while True:
+        try:
+            is_interrupted = interrupted_at(steps, lambda: edited_in_vain(root))
+        except Fault:
+            break
+        assert is_interrupted
+        assert picture(root) == before, f"interrupted at step {steps}"
+        steps += 1
+    assert picture(root) == before
+    assert steps > 100
+
+
+def test_after_an_interrupt_the_next_transaction_is_one_of_its_own() -> None:
+    root = three()
+    assert interrupted_at(5, lambda: edited_in_vain(root))
+    with transaction():
+        root.pop(0)
+    with pytest.raises(Fault):
+        edited_in_vain(root)
+    assert kinds(root) == ["ReLU", "SiLU"]
+
+
+def test_inner_calls_that_are_all_or_nothing_join_the_outer_one() -> None:
+    root = three()
+
+    @all_or_nothing
+    def outer() -> None:
+        root.pop(0)
+        with pytest.raises(Fault):
+            edited_in_vain(root)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        outer()
+    assert kinds(root) == ["Identity", "ReLU", "SiLU"]

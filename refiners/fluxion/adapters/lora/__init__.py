@@ -16,6 +16,7 @@ Other methods change the layer otherwise, and stand in the same place; each is a
 |---|---|---|---|
 | LoRA, arXiv 2106.09685 | s · up · down | Linear, Embedding, Conv1d to Conv3d | `base`, `kinds`, `conv` |
 | DoRA, arXiv 2402.09353 | the same, and each row gets a length of its own | the same | `dora` |
+| LoCon with a core, arXiv 2309.14859 | s · core ×₁ up ×₂ down | Conv1d to Conv3d | `locon` |
 | LoHa, arXiv 2108.06098 | s · (w1_a w1_b) ∘ (w2_a w2_b) | Linear, Conv1d, Conv2d | `loha` |
 | LoKr, arXiv 2309.14859 | s · w1 ⊗ w2 | Linear, Conv1d, Conv2d | `lokr` |
 
@@ -42,6 +43,7 @@ from refiners.fluxion.adapters.lora.dora import Conv1dDora, Conv2dDora, Conv3dDo
 from refiners.fluxion.adapters.lora.fused import FusedLoras
 from refiners.fluxion.adapters.lora.injected import inject_loras
 from refiners.fluxion.adapters.lora.kinds import EmbeddingLora, LinearLora
+from refiners.fluxion.adapters.lora.locon import Conv1dLocon, Conv2dLocon, Conv3dLocon, Locon
 from refiners.fluxion.adapters.lora.loha import Conv1dLoha, Conv2dLoha, LinearLoha, Loha
 from refiners.fluxion.adapters.lora.lokr import Conv1dLokr, Conv2dLokr, LinearLokr, Lokr
 from refiners.fluxion.adapters.lora.samples import assign_samples
@@ -50,14 +52,17 @@ from refiners.fluxion.adapters.lora.spec import DeltaSpec
 
 __all__ = [
     "Conv1dDora",
+    "Conv1dLocon",
     "Conv1dLoha",
     "Conv1dLokr",
     "Conv1dLora",
     "Conv2dDora",
+    "Conv2dLocon",
     "Conv2dLoha",
     "Conv2dLokr",
     "Conv2dLora",
     "Conv3dDora",
+    "Conv3dLocon",
     "Conv3dLora",
     "Delta",
     "DeltaSpec",
@@ -69,6 +74,7 @@ __all__ = [
     "LinearLoha",
     "LinearLokr",
     "LinearLora",
+    "Locon",
     "Loha",
     "Lokr",
     "Lora",

@@ -11,14 +11,14 @@ from refiners.errors import AdapterTypeError, LoraNameError
 from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.lora.fused import FusedLoras, fuse_loras, unfuse_loras
 from refiners.fluxion.adapters.lora.merge import unmerge_delta
-from refiners.fluxion.adapters.lora.samples import run_samples
+from refiners.fluxion.adapters.lora.samples import run_samples, samples_of
 from refiners.fluxion.adapters.merging import merge_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.combinators import Sum
 from refiners.fluxion.layers.failure import chain_error
-from refiners.fluxion.layers.journal import note_undo, transaction
+from refiners.fluxion.layers.journal import all_or_nothing, note_undo
 from refiners.fluxion.layers.linear import Linear
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.observation import PASS_THROUGH, calls_are_observed
@@ -49,8 +49,8 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
     is_shared = False
     # Whether LoRAs that can be run as one pair of products are; see `fused`.
     is_fused = False
-    # For each sample of a batch the names of its LoRAs, see `samples`. None: all LoRAs for all samples.
-    samples: "tuple[frozenset[str], ...] | None" = None
+    # Whether samples may have LoRAs of their own, see `samples`: then each call asks the context.
+    may_have_samples = False
 
     def __init__(self, target: nn.Module, /, *loras: Delta[Any]) -> None:
         for i, lora in enumerate(loras):
@@ -61,8 +61,8 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
     def forward(self, *args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._forward_traced(*args)
-        if self.samples is not None:
-            return run_samples(self, self.samples, args)
+        if self.may_have_samples and (samples := samples_of(self)) is not None:
+            return run_samples(self, samples, args)
         provider = self._provider
         outer = provider.enter() if provider is not None else None
         direct = self._children_are_plain and not calls_are_observed()
@@ -112,8 +112,8 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                 provider.leave(outer)
 
     def _run_traced(self, args: tuple[Any, ...]) -> Any:
-        if self.samples is not None:
-            return run_samples(self, self.samples, args)
+        if self.may_have_samples and (samples := samples_of(self)) is not None:
+            return run_samples(self, samples, args)
         total: Any = None
         dtype: Any = None
         inputs = args
@@ -154,13 +154,23 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         target = cast(Any, self.target)
         merge = merge_of(target)
         weight = target.weight if merge is None else merge.parameters["weight"]
-        return call(*inputs, total, weight, getattr(target, "bias", None))
+        return call(*inputs, total, weight, self._bias())
+
+    def _bias(self) -> Tensor | None:
+        """The bias that is in the output: that of the layer, or of what tunes the layer, which stands next to it."""
+        inner: Any = self[0]
+        while isinstance(inner, LoraAdapter):
+            inner = inner[0]
+        bias_in_use = None if inner is self.target else getattr(inner, "bias_in_use", None)
+        return bias_in_use() if bias_in_use is not None else cast(Any, getattr(self.target, "bias", None))
 
     @property
     def lora_layers(self) -> Iterator[Delta[Any]]:
         """The LoRAs of the layer, in the order in which they are added."""
         # Children only: another adapter of LoRAs may stand inside, around the same layer.
-        return iter([cast(Delta[Any], module) for module in self if isinstance(module, Delta)])
+        # No cast of each: torch.compile does not know `Delta[Any]`.
+        deltas: list[Any] = [module for module in self.__dict__["_modules"].values() if isinstance(module, Delta)]
+        return iter(deltas)
 
     @property
     def names(self) -> list[str]:
@@ -195,6 +205,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         for name, value in values.items():
             loras[name].scale = value
 
+    @all_or_nothing
     def add_lora(self, lora: Delta[Any], /) -> None:
         """Add a LoRA behind the others.
 
@@ -208,6 +219,7 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
             for twin in self.copies:
                 twin.append(lora.structural_copy())
 
+    @all_or_nothing
     def remove_lora(self, name: str, /) -> Delta[Any] | None:
         """Take the LoRA of that name out, and return it; None if there is none."""
         lora = self.loras.get(name)
@@ -219,12 +231,14 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                 adapter.remove(adapter.loras[name])
         return lora
 
+    @all_or_nothing
     def fuse(self) -> None:
         """Run those LoRAs that can be as one pair of products, from now on; see `FusedLoras`."""
         adapter = self.original
         with adapter._taken_apart():
             _set_fused(adapter, value=True)
 
+    @all_or_nothing
     def unfuse(self) -> None:
         """Run each LoRA by itself again."""
         adapter = self.original
@@ -238,26 +252,34 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
 
     @contextmanager
     def _taken_apart(self) -> Generator[None]:
-        """Change the LoRAs inside of this: they are fused again afterwards, if they were."""
-        with transaction():
-            for fused in [module for module in self if isinstance(module, FusedLoras)]:
-                unfuse_loras(fused)
+        """Change the LoRAs inside of this and of a transaction: they are fused again afterwards, if they were."""
+        for fused in [module for module in self if isinstance(module, FusedLoras)]:
+            unfuse_loras(fused)
+            for adapter in (self, *self.copies):
+                adapter.remove(fused)
+        yield
+        if self.is_fused:
+            for fused in fuse_loras(cast(Any, self.lora_layers)):
                 for adapter in (self, *self.copies):
-                    adapter.remove(fused)
-            yield
-            if self.is_fused:
-                for fused in fuse_loras(cast(Any, self.lora_layers)):
-                    for adapter in (self, *self.copies):
-                        adapter.append(fused)
+                    adapter.append(fused)
 
     def eject(self) -> None:
         """Put the layer back, with the weights it had; see `Adapter.eject`."""
         if self.is_injected:
-            with self._taken_apart():
-                _set_fused(self, value=False)
+            if self.is_fused:
+                with self._taken_apart():
+                    _set_fused(self, value=False)
             for lora in self.lora_layers:
                 unmerge_delta(self.target, lora)
         super().eject()
+
+    def _outermost(self, target: nn.Module) -> nn.Module:
+        first, *others = self.__dict__["_modules"].values()
+        for other in others:
+            if not isinstance(other, Delta | FusedLoras):
+                first = None
+        # As a rule nothing has to be searched.
+        return target if first is target else super()._outermost(target)
 
     @property
     def copies(self) -> "tuple[LoraAdapter, ...]":

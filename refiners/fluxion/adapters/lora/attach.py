@@ -18,7 +18,7 @@ from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.weights import base_children, base_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import children_of
 
@@ -71,6 +71,7 @@ def names_around(parent: Chain) -> set[str]:
     return names
 
 
+@all_or_nothing
 def auto_attach_loras(
     loras: Mapping[str, Lora[Any]],
     target: Chain,
@@ -109,7 +110,7 @@ def auto_attach_loras(
     failed = [key for key in loras if key not in plan]
     if sanity_check and (failed or leftover):
         raise AdapterError(_explain(target, len(plan), failed, leftover))
-    with transaction(), nothing_is_garbage():
+    with nothing_is_garbage():
         adapters = {key: _attach_at(place, loras[key], target) for key, place in plan.items()}
     if debug_map is not None:
         where = _paths(target)

@@ -1,6 +1,7 @@
 """What all LoRAs have in common, whatever the kind of layer they change (arXiv 2106.09685)."""
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -71,7 +72,8 @@ class Lora(Delta[T], Generic[T]):
                 nn.init.zeros_(self.up.bias)
 
     def weights(self) -> dict[str, Weight]:
-        weights = {"down": Weight(self.down, "weight", (0,)), "up": Weight(self.up, "weight", (1,))}
+        down, up = islice(self.__dict__["_modules"].values(), 2)
+        weights = {"down": Weight(down, "weight", (0,)), "up": Weight(up, "weight", (1,))}
         return {**weights, "up_bias": Weight(self.up, "bias")} if self.bias else weights
 
     @classmethod

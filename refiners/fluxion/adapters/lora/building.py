@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from refiners.fluxion.adapters.merging import parameters_of
 from refiners.fluxion.layers.factory import Factory
 
 T = TypeVar("T", bound=nn.Module)
@@ -20,7 +21,13 @@ class Weight(NamedTuple):
     @property
     def tensor(self) -> nn.Parameter:
         """The parameter."""
-        return cast(nn.Parameter, getattr(self.module, self.name))
+        # Past torch's `__getattr__`, which takes longer than all else that is asked of a parameter.
+        parameter = parameters_of(self.module).get(self.name)
+        return cast(nn.Parameter, getattr(self.module, self.name)) if parameter is None else parameter
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Put another parameter there, as long as nobody else has seen the adapter."""
+        parameters_of(self.module)[self.name] = parameter
 
 
 class Strength(TypedDict, total=False):

@@ -220,6 +220,7 @@ class Conv2dLora(ConvLora):
 
     layer_type = nn.Conv2d
     axes = 2
+    weight_axes = 4
     conv_type = Conv2d
     convolve = staticmethod(functional.conv2d)
 
@@ -229,6 +230,7 @@ class Conv1dLora(ConvLora):
 
     layer_type = nn.Conv1d
     axes = 1
+    weight_axes = 3
     conv_type = nn.Conv1d
     convolve = staticmethod(functional.conv1d)
 
@@ -238,6 +240,7 @@ class Conv3dLora(ConvLora):
 
     layer_type = nn.Conv3d
     axes = 3
+    weight_axes = 5
     conv_type = nn.Conv3d
     convolve = staticmethod(functional.conv3d)
 

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError
 from refiners.fluxion.adapters.lora.building import Strength, Weight, placed_like
+from refiners.fluxion.adapters.lora.forms import axes_of, with_axes
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
 from refiners.fluxion.adapters.lora.switch import Switch
 from refiners.fluxion.layers.basics import Multiply
 from refiners.fluxion.layers.chain import Chain
+from refiners.fluxion.layers.journal import note_undo
 
 if TYPE_CHECKING:
     from refiners.fluxion.adapters.lora.adapter import LoraAdapter
@@ -38,6 +40,8 @@ class Delta(Chain, Generic[T]):
     # Whether it is called with (x, the layer's output so far, the layer's weight, the layer's bias), and gives the new
     # output, instead of being called with x and giving what is added.
     rewrites_output: ClassVar[bool] = False
+    # How many axes the weight of the layer has, where its tensors have as many; see `forms`.
+    weight_axes: int | None = None
     _kinds: ClassVar[list[type["Delta[Any]"]]] = []
 
     name: str
@@ -68,6 +72,8 @@ class Delta(Chain, Generic[T]):
         self.rank = rank
         self.alpha = alpha
         self.rank_stabilized = rank_stabilized
+        # How many axes the tensors had that it was made from.
+        self.given_axes: int | None = None
         self.switch = Switch()
         super().__init__(*layers)
         self.scale = scale
@@ -155,8 +161,9 @@ class Delta(Chain, Generic[T]):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        factor = self._factor
-        factor.scale = self._scaling_at(value)
+        factor, scaling = self._factor, self._scaling_at(value)
+        if factor.__dict__["scale"] != scaling or type(scaling) is not float:
+            factor.scale = scaling
         factor.__dict__["strength"] = value
         self.switch.changed()
 
@@ -179,7 +186,7 @@ class Delta(Chain, Generic[T]):
 
     @classmethod
     def of_method(cls, method: str) -> type["Delta[Any]"]:
-        """The class of a method: "lora", "dora", "loha" or "lokr".
+        """The class of a method: "lora", "dora", "locon", "loha" or "lokr".
 
         Raises:
             AdapterTypeError: (a ValueError) There is none of that name.
@@ -203,7 +210,9 @@ class Delta(Chain, Generic[T]):
         if kind is None:
             method = getattr(cls, "method", "")
             layers = ", ".join(sorted(kind.__name__ for kind in Delta._kinds if method in ("", kind.method)))
-            kinds = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}.get(method, "adapter")
+            kinds = {"lora": "LoRA", "dora": "DoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}.get(
+                method, "adapter"
+            )
             raise AdapterTypeError(f"{cls.__name__} is not made for {target}. The kinds of {kinds} are {layers}.")
         return kind
 
@@ -277,18 +286,27 @@ class Delta(Chain, Generic[T]):
         problems = spec.validate()
         if problems:
             raise AdapterTypeError(f"The {spec.method} {name!r} for {target} is not sound: {'; '.join(problems)}.")
+        return cls.from_sound_spec(name, spec, target, scale, device=device, dtype=dtype)
+
+    @classmethod
+    def from_sound_spec(
+        cls, name: str, /, spec: DeltaSpec, target: Any, scale: float = 1.0, **placed: Any
+    ) -> "Delta[Any]":
+        """What `from_spec` gives of a spec that `DeltaSpec.validate` was content with."""
         family = cls if getattr(cls, "method", None) == spec.method else Delta.of_method(spec.method)
         kind = family._kind_for(target)
         strength = Strength(scale=scale, alpha=spec.alpha, rank_stabilized=spec.rank_stabilized)
         if spec.rank is None and spec.alpha is not None:
             raise AdapterTypeError(f"No tensor of {name!r} tells its rank, which its alpha is divided by: declare it.")
+        given, spec = axes_of(spec), spec if kind.weight_axes is None else with_axes(spec, target.weight.ndim)
         settings = kind.settings_of(spec, target)
         empty = kind.like_layer(name, target, rank=spec.rank or 1, **strength, **settings, device="meta")
         empty._check_shapes(spec, target)
-        placed = placed_like(target, device, dtype)
+        empty.given_axes = given
+        factory = placed_like(target, placed.get("device"), placed.get("dtype"))
         for role, weight in empty.weights().items():
             tensor = spec.tensors[role].detach()
-            setattr(weight.module, weight.name, nn.Parameter(tensor.to(**placed, copy=True).contiguous()))
+            weight.put(nn.Parameter(tensor.to(**factory, copy=True).contiguous()))
         return empty if target.training else empty.eval()
 
     def _check_shapes(self, spec: DeltaSpec, target: nn.Module) -> None:
@@ -309,7 +327,8 @@ class Delta(Chain, Generic[T]):
             for axis in axes:
                 tensor = tensor.narrow(axis, 0, self.rank)
             tensors[role] = tensor
-        return DeltaSpec(self.method, tensors, self.alpha, self.rank_stabilized, self.rank)
+        spec = DeltaSpec(self.method, tensors, self.alpha, self.rank_stabilized, self.rank)
+        return spec if self.given_axes is None else with_axes(spec, self.given_axes)
 
     def load_spec(self, spec: DeltaSpec) -> None:
         """Copy the weights of a spec into the parameters that are there, filled up with zeros if its rank is smaller.
@@ -320,45 +339,37 @@ class Delta(Chain, Generic[T]):
             AdapterTypeError: (a ValueError) The spec is not sound, is of another method, or does not fit. Nothing was
                 loaded.
         """
-        self.check_spec(spec)
-        self.copy_spec(spec)
+        from refiners.fluxion.adapters.lora.swapping import misfits, write_spec
 
-    def copy_spec(self, spec: DeltaSpec) -> None:
-        """What `load_spec` does with a spec that `check_spec` was content with."""
-        scale = self.scale
-        with torch.no_grad():
-            for role, weight in self.weights().items():
-                new, parameter = spec.tensors[role], weight.tensor
-                if parameter.shape != new.shape:
-                    parameter.zero_()
-                    for axis in weight.rank_axes:
-                        parameter = parameter.narrow(axis, 0, new.shape[axis])
-                parameter.copy_(new)
-        self.rank = spec.rank or self.rank
-        self.alpha = spec.alpha
-        self.rank_stabilized = spec.rank_stabilized
-        self.scale = scale
-
-    def check_spec(self, spec: DeltaSpec) -> None:
-        """Raise what `load_spec` would raise, and load nothing."""
-        problems = spec.validate()
-        if spec.method != self.method:
-            problems = [f"it is a {spec.method}, and this is a {self.method}"]
-        weights = self.weights()
-        if not problems and weights.keys() != spec.tensors.keys():
-            problems = [f"its tensors are {', '.join(spec.tensors)}, and here are {', '.join(weights)}"]
-        for role, weight in weights.items() if not problems else ():
-            new, shape = spec.tensors[role].shape, weight.tensor.shape
-            fits = len(new) == len(shape) and all(
-                given == size or (axis in weight.rank_axes and given < size)
-                for axis, (given, size) in enumerate(zip(new, shape, strict=True))
-            )
-            if not fits:
-                problems.append(f"{role} is {list(new)}, and here is {list(shape)}")
-            if weight.tensor.is_meta:
-                problems.append(f"{role} is on the meta device, where no values can be loaded")
+        problems = misfits(self, self.in_own_form(spec), self.weights())
         if problems:
             raise AdapterTypeError(f"The weights cannot go into {self}: {'; '.join(problems)}. Nothing was loaded.")
+        write_spec(self, spec)
+
+    def in_own_form(self, spec: DeltaSpec) -> DeltaSpec:
+        """The spec with tensors of as many axes as its own; see `forms`."""
+        return spec if self.weight_axes is None else with_axes(spec, self.weight_axes)
+
+    def set_strength(self, spec: DeltaSpec, scale: float) -> None:
+        """Take over from a spec what says how strong its weights are."""
+        own = self.__dict__
+        own["given_axes"] = axes_of(spec)
+        own["rank"] = spec.rank or self.rank
+        own["alpha"], own["rank_stabilized"] = spec.alpha, spec.rank_stabilized
+        self.scale = scale
+
+    def note_strength(self) -> None:
+        """Let a transaction undo a `set_strength`, but for what others have computed from it: they see to that."""
+        own, factor = self.__dict__, self._factor
+        before = {name: own[name] for name in ("rank", "alpha", "rank_stabilized", "given_axes")}
+        scaling, strength = factor.scale, factor.__dict__["strength"]
+
+        def undo() -> None:
+            own.update(before)
+            factor.scale = scaling
+            factor.__dict__["strength"] = strength
+
+        note_undo(undo)
 
     # --- places ----------------------------------------------------------------------------------------------------
 

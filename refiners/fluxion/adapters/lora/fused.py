@@ -25,6 +25,9 @@ from refiners.fluxion.adapters.lora.base import Lora
 from refiners.fluxion.layers.journal import note_undo
 from refiners.fluxion.layers.module import Module
 
+# What is computed from the weights and the scales.
+_COMPUTED = ("_down", "_transposed", "_up", "_scales", "_common_scale", "is_silent")
+
 
 class FusedLoras(Module):
     """What several LoRAs of one layer add to its output, in one pair of products.
@@ -109,7 +112,13 @@ class FusedLoras(Module):
         return output + first.up._conv_forward(inner, up, None)
 
     def refresh(self) -> None:
-        """Read the scales of the LoRAs again, and their weights if these have been moved or replaced."""
+        """Read the scales of the LoRAs again, and their weights if these have been moved or replaced.
+
+        A transaction can undo it.
+        """
+        own = self.__dict__
+        before = {name: own[name] for name in _COMPUTED if name in own}
+        note_undo(lambda: own.update(before))
         if not self._is_side_by_side():
             self._put_side_by_side()
         numbers: list[float] = []

@@ -20,12 +20,12 @@ from refiners.fluxion.adapters.lora.adapter import LoraAdapter
 from refiners.fluxion.adapters.lora.attach import attach, names_around, nothing_is_garbage
 from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.lora.sets import LoraSet
-from refiners.fluxion.adapters.lora.spec import DeltaSpec
+from refiners.fluxion.adapters.lora.spec import DeltaSpec, are_finite
 from refiners.fluxion.adapters.weights import base_of, named_base_modules, nearest
 from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.factory import Factory
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import Selection, path_expression, select
 
@@ -99,7 +99,7 @@ def inject_loras(where: Any, /, *given: Any, **settings: Any) -> LoraSet:
         rank: See `Delta`.
         scale: See `Delta`.
         alpha: See `Delta`.
-        method: "lora", "dora", "loha" or "lokr".
+        method: "lora", "dora", "locon", "loha" or "lokr".
         rank_pattern: Ranks for some layers. A key is a selection, or a pattern of paths as in `Selection.at`; the first
             that holds a layer counts.
         alpha_pattern: Alphas for some layers, in the same way.
@@ -179,12 +179,14 @@ def _inject_specs(
     base = dict(named_base_modules(model))
     plan: dict[int, _Planned] = {}
     left_out: dict[str, str] = {}
+    # All values at once, which is quick; where that is not enough to tell, those of each spec by itself.
+    is_finite = are_finite(tensor for spec in specs.values() for tensor in spec.tensors.values())
     with nothing_is_garbage():
         for path, spec in specs.items():
             layer = base.get(path)
             if layer is None:
                 left_out[path] = f"there is no such layer{nearest(path, base)}"
-            elif wrong := spec.validate():
+            elif wrong := spec.validate(with_values=not is_finite):
                 problems.add(path, "; ".join(wrong))
             elif id(layer) in plan:
                 problems.add(path, "this layer stands in several places, and another spec is for it too")
@@ -193,7 +195,7 @@ def _inject_specs(
                     parent, top = _place(model, layer)
                     problems.refuse_name(name, parent)
                     try:
-                        delta = Delta.from_spec(name, spec, layer, scale, **factory)
+                        delta = Delta.from_sound_spec(name, spec, layer, scale, **factory)
                     except AdapterTypeError as error:
                         left_out[path] = str(error)
                         continue
@@ -220,17 +222,17 @@ def _check_changes(
     )
 
 
+@all_or_nothing
 def _put(root: nn.Module, name: str, plan: list[_Planned], fused: bool) -> LoraSet:
     held: list[tuple[LoraAdapter, Delta[Any]]] = []
-    with transaction():
-        for layer, parent, top, delta in plan:
-            # Another adapter of the plan may have been put between the two.
-            holder: Any = parent if layer in parent else parent.find_parent(layer)
-            adapter = attach(delta, layer, holder, top)
-            if fused:
-                adapter.fuse()
-            held.append((adapter, delta))
-        return LoraSet(root, name, held)
+    for layer, parent, top, delta in plan:
+        # Another adapter of the plan may have been put between the two.
+        holder: Any = parent if layer in parent else parent.find_parent(layer)
+        adapter = attach(delta, layer, holder, top)
+        if fused:
+            adapter.fuse()
+        held.append((adapter, delta))
+    return LoraSet(root, name, held)
 
 
 class _Problems:

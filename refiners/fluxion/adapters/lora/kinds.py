@@ -32,6 +32,7 @@ class LinearLora(Lora[Linear]):
     """
 
     layer_type = nn.Linear
+    weight_axes = 2
 
     def __init__(
         self,

@@ -8,6 +8,10 @@ it. Samples of the same LoRAs are computed together, with the operations they wo
 
 A sample is a row of the first axis of what a layer receives. A layer that receives one row for the whole batch, as
 those that see a time step of all samples, cannot tell the samples apart, and that is an error.
+
+The assignment is a context of the model, so it reaches layers as all contexts do: two threads or asyncio tasks that run
+one model with other assignments open a `context_scope()` each, and what runs again in the backward pass, as a
+checkpoint, has the assignment of the forward. Adapters that never had one do not ask.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -18,9 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from refiners.errors import AdapterError, InputError, LoraNameError
+from refiners.fluxion.context import find_context
 
 if TYPE_CHECKING:
     from refiners.fluxion.adapters.lora.adapter import LoraAdapter
+    from refiners.fluxion.layers.chain import Chain
+
+CONTEXT, KEY = "lora", "samples"
 
 # The LoRAs of one sample: none, one, or several by name.
 Names = str | Iterable[str] | None
@@ -31,7 +39,7 @@ def assign_samples(model: nn.Module, samples: Sequence[Names]) -> Generator[None
     """As long as this is open, each sample of a batch has LoRAs of its own.
 
     Args:
-        model: Where the LoRAs are. It is set for all threads that run this model.
+        model: Where the LoRAs are. All threads that run it see the assignment, unless a `context_scope()` is open.
         samples: For each sample the name of its LoRAs, several names, or None for the base alone.
 
     Raises:
@@ -50,15 +58,37 @@ def assign_samples(model: nn.Module, samples: Sequence[Names]) -> Generator[None
         raise LoraNameError(f"No LoRA of the model is called {' or '.join(map(repr, unknown))}, only {sorted(known)}.")
     if any(lora.switch.merged for adapter in adapters for lora in adapter.lora_layers):
         raise AdapterError("Some LoRAs are merged into the weights, which all samples share: unmerge them first.")
-    if any(adapter.samples is not None for adapter in adapters):
-        raise AdapterError("The samples of this model have LoRAs of their own already: leave that assignment first.")
+    if any(samples_of(adapter) is not None for adapter in adapters):
+        raise AdapterError(
+            "The samples of this model have LoRAs of their own already: leave that assignment first, or open a "
+            "context_scope() of the model for each thread."
+        )
+    providers = [top.provider for top in _tops(model, adapters)]
     for adapter in adapters:
-        adapter.samples = plan
+        adapter.may_have_samples = True
+    for provider in providers:
+        provider.set_context(CONTEXT, {KEY: plan})
     try:
         yield
     finally:
-        for adapter in adapters:
-            adapter.__dict__.pop("samples", None)
+        for provider in providers:
+            provider.remove_context(CONTEXT)
+
+
+def _tops(model: nn.Module, adapters: "list[LoraAdapter]") -> "list[Chain]":
+    """The topmost Chains below a model, or the model itself, that hold the adapters."""
+    below = {id(module) for module in model.modules()}
+    tops: dict[int, Chain] = {}
+    for adapter in adapters:
+        top = next(chain for chain in reversed([adapter, *adapter.get_parents()]) if id(chain) in below)
+        tops[id(top)] = top
+    return list(tops.values())
+
+
+def samples_of(adapter: "LoraAdapter") -> tuple[frozenset[str], ...] | None:
+    """For each sample of a batch the names of its LoRAs; None: all LoRAs for all samples."""
+    context = find_context(adapter, CONTEXT)
+    return None if context is None else context.get(KEY)
 
 
 def _names(names: Names) -> frozenset[str]:

@@ -22,13 +22,11 @@ from refiners.fluxion.adapters.lora.files import pair_weights
 from refiners.fluxion.adapters.lora.fused import FusedLoras
 from refiners.fluxion.adapters.lora.merge import merge_delta, unmerge_delta
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
-from refiners.fluxion.adapters.weights import named_base_modules, nearest
+from refiners.fluxion.adapters.lora.swapping import shortened, swap_specs
+from refiners.fluxion.adapters.weights import nearest, paths_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.branch import holders_of
-from refiners.fluxion.layers.journal import transaction
-
-# How many lines an error shows.
-SHOWN = 20
+from refiners.fluxion.layers.journal import all_or_nothing, note_undo
 
 
 class LoraSet:
@@ -66,6 +64,15 @@ class LoraSet:
             AdapterError: (a ValueError) Some layers are no longer in the model.
         """
         return tuple(self.by_path())
+
+    @property
+    def why_idle(self) -> str:
+        """What keeps its weights from being trained, and what to do about it; "" if nothing does."""
+        if not self._is_injected:
+            return "it was ejected: inject it again"
+        if any(lora.switch.merged for lora in self.loras):
+            return "it is merged into the weights of the layers: unmerge() it first"
+        return "" if self.enabled else "it is disabled: set enabled = True first"
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights of this set, for an optimizer."""
@@ -130,6 +137,7 @@ class LoraSet:
         """Whether the LoRAs are merged into the weights of their layers."""
         return bool(self._held) and all(lora.switch.merged for lora in self.loras)
 
+    @all_or_nothing
     def merge(self) -> None:
         """Fold the LoRAs into the weights of their layers, which then cost what the base costs; or change nothing.
 
@@ -144,17 +152,17 @@ class LoraSet:
         if any(lora.switch.merged for lora in self.loras):
             raise AdapterError(f"{self} is merged already. Unmerge it first.")
         problems: list[str] = []
-        with transaction():
-            for adapter, lora in self._held:
-                try:
-                    _check_alone(adapter, lora)
-                    merge_delta(adapter.target, lora)
-                    adapter.refuse()
-                except AdapterError as error:
-                    problems.append(f"  {adapter.get_path()}: {error}")
-            if problems:
-                raise AdapterError("\n".join([f"{self} cannot be merged. Nothing was.", *_shorten(problems)]))
+        for adapter, lora in self._held:
+            try:
+                _check_alone(adapter, lora)
+                merge_delta(adapter.target, lora)
+                adapter.refuse()
+            except AdapterError as error:
+                problems.append(f"  {adapter.get_path()}: {error}")
+        if problems:
+            raise AdapterError("\n".join([f"{self} cannot be merged. Nothing was.", *shortened(problems)]))
 
+    @all_or_nothing
     def unmerge(self) -> None:
         """The inverse of `merge`: the weights are the very same bits as before.
 
@@ -165,10 +173,9 @@ class LoraSet:
         """
         if not any(lora.switch.merged for lora in self.loras):
             raise AdapterError(f"{self} is not merged, so there is nothing to undo.")
-        with transaction():
-            for adapter, lora in self._held:
-                unmerge_delta(adapter.target, lora)
-                adapter.refuse()
+        for adapter, lora in self._held:
+            unmerge_delta(adapter.target, lora)
+            adapter.refuse()
 
     @contextmanager
     def merged(self) -> Generator[None]:
@@ -181,6 +188,7 @@ class LoraSet:
 
     # --- leaving ---------------------------------------------------------------------------------------------------
 
+    @all_or_nothing
     def eject(self) -> None:
         """Take the LoRAs of this set out, and the adapters that hold no other; or change nothing if one fails.
 
@@ -190,15 +198,14 @@ class LoraSet:
             AdapterError: (a ValueError) The set was ejected already.
         """
         self._check_injected("ejected")
-        with transaction():
-            for adapter, lora in self._held:
-                if not adapter.is_injected or adapter.parent is None:
-                    continue
-                others = [name for name in adapter.names if adapter.loras[name] is not lora]
-                if not others:
-                    adapter.eject()
-                elif lora in adapter:
-                    adapter.remove_lora(lora.name)
+        for adapter, lora in self._held:
+            if not adapter.is_injected or adapter.parent is None:
+                continue
+            if list(adapter.lora_layers) in ([lora], []):
+                adapter.eject()
+            elif lora in adapter:
+                adapter.remove_lora(lora.name)
+        note_undo(lambda: setattr(self, "_is_injected", True))
         self._is_injected = False
 
     def _check_injected(self, what: str) -> None:
@@ -222,20 +229,7 @@ class LoraSet:
                 not finite. All are listed, and nothing was written.
         """
         self._check_injected("given other weights")
-        loras = self.by_path()
-        problems = [f"  {path}: missing" for path in loras if path not in specs]
-        problems += [f"  {path}: unexpected{nearest(path, loras)}" for path in specs if path not in loras]
-        for path, lora in loras.items():
-            if path in specs:
-                try:
-                    lora.check_spec(specs[path])
-                except AdapterError as error:
-                    problems.append(f"  {path}: {error}")
-        if problems:
-            text = "\n".join(_shorten(problems))
-            raise AdapterError(f"The specs do not fit {self}, and nothing was written.\n{text}")
-        for path, lora in loras.items():
-            lora.copy_spec(specs[path])
+        swap_specs(self.by_path(), specs, str(self))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights: for each layer, by the path it has in the base, `down.weight`, `up.weight` and `alpha`, if any.
@@ -251,6 +245,7 @@ class LoraSet:
                 state[f"{path}.alpha"] = torch.tensor(lora.alpha, dtype=torch.float64)
         return state
 
+    @all_or_nothing
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy other weights of the same shapes in. A compiled model needs no compilation for that.
 
@@ -298,14 +293,11 @@ class LoraSet:
             AdapterError: (a ValueError) Some layers are no longer in the model.
         """
         loras = {id(adapter.target): lora for adapter, lora in self._held}
-        paths: dict[str, Delta[Any]] = {}
-        for path, module in named_base_modules(self.root):
-            lora = loras.pop(id(module), None)
-            if lora is not None:
-                paths[path] = lora
-        if loras:
-            raise AdapterError(f"{len(loras)} layers of {self} are no longer in {cast(Any, self.root)}.")
-        return paths
+        paths = paths_of(self.root, [adapter.target for adapter, _ in self._held])
+        if len(paths) < len(loras):
+            lost = f"{len(loras) - len(paths)} layers of {self}"
+            raise AdapterError(f"{lost} are no longer in {cast(Any, self.root)}.")
+        return {path: loras[id(layer)] for path, layer in paths.items()}
 
 
 # What the roles of specs are called in a state.
@@ -342,11 +334,6 @@ class _Scales(MutableMapping[str, float]):
         return self._loras[path]
 
 
-def _shorten(problems: list[str]) -> list[str]:
-    rest = len(problems) - SHOWN
-    return problems[:SHOWN] + ([f"  … and {rest} more"] if rest > 0 else [])
-
-
 def _check_alone(adapter: LoraAdapter, lora: Delta[Any]) -> None:
     """Whether nothing else makes use of the layer: neither between it and its LoRAs, nor in another place."""
     target = adapter.target
@@ -360,6 +347,7 @@ def _check_alone(adapter: LoraAdapter, lora: Delta[Any]) -> None:
             raise AdapterError(f"{target} stands in other places too, where it has no such LoRA")
 
 
+@all_or_nothing
 def fuse(model: nn.Module) -> int:
     """Run the LoRAs that stand on one layer as one pair of products, of the sum of their ranks; see `fused`.
 
@@ -374,20 +362,19 @@ def fuse(model: nn.Module) -> int:
     """
     found = [module for module in model.modules() if isinstance(module, LoraAdapter) and module.is_injected]
     adapters = {id(adapter.original): adapter.original for adapter in found}.values()
-    with transaction():
-        for adapter in adapters:
-            adapter.fuse()
-        count = sum(any(isinstance(module, FusedLoras) for module in adapter) for adapter in adapters)
-        if not count:
-            raise AdapterError(
-                f"{type(model).__name__} has no LoRAs that can be fused: inject some first, or unfuse the structural "
-                "copy in which they are."
-            )
+    for adapter in adapters:
+        adapter.fuse()
+    count = sum(any(isinstance(module, FusedLoras) for module in adapter) for adapter in adapters)
+    if not count:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRAs that can be fused: inject some first, or unfuse the structural "
+            "copy in which they are."
+        )
     return count
 
 
+@all_or_nothing
 def unfuse(model: nn.Module) -> None:
     """Run each LoRA by itself again."""
-    with transaction():
-        for adapter in [module for module in model.modules() if isinstance(module, LoraAdapter)]:
-            adapter.unfuse()
+    for adapter in [module for module in model.modules() if isinstance(module, LoraAdapter)]:
+        adapter.unfuse()

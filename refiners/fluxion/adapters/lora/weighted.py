@@ -18,7 +18,7 @@ T = TypeVar("T", bound=nn.Module)
 class Geometry:
     """How a layer applies its weight: as a linear map, or as a convolution with its stride, padding and so on."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         self.weight_shape = tuple(layer.weight.shape)
         self.settings: dict[str, Any] = {}
         self.pads: list[int] = []
@@ -32,7 +32,7 @@ class Geometry:
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether it is that of a layer."""
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return False
         other = Geometry(layer)
         return vars(self) == vars(other)
@@ -91,6 +91,11 @@ class WeightDelta(Delta[T], Generic[T]):
 
     # The axes of each role that are as long as the rank.
     rank_axes: ClassVar[dict[str, tuple[int, ...]]]
+
+    @property
+    def weight_axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (of its layer, not of its class)
+        """How many axes the weight of its layer has."""
+        return len(self.change.geometry.weight_shape)
 
     @property
     def change(self) -> Any:

@@ -21,7 +21,7 @@ def options(directory: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_picture_is_written_and_told(options: dict[str, Any], tmp_path: Path) -> None:
-    assert generate(**options, width=48) == f"{tmp_path}/cat.png: 48x32 pixels, 1 steps of DDIM, seed 5."
+    assert generate(**options, width=48) == f"{tmp_path}/cat.png: 48x32 pixels, 1 step of DDIM, seed 5."
     with Image.open(tmp_path / "cat.png") as image:
         assert (image.format, image.size, image.mode) == ("PNG", (48, 32), "RGB")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
@@ -43,6 +43,28 @@ def test_pictures_and_masks_are_read_from_files(options: dict[str, Any], tmp_pat
     assert "48x40 pixels" in generate(**options, **both)
 
 
+def test_several_pictures_are_numbered(options: dict[str, Any], tmp_path: Path) -> None:
+    told = generate(**options, count=2)
+    assert told == f"{tmp_path}/cat-1.png to cat-2.png: 2 pictures of 32x32 pixels, 1 step of DDIM, seed 5."
+    first, second = ((tmp_path / f"cat-{number}.png").read_bytes() for number in (1, 2))
+    assert first != second
+    with pytest.raises(FileFormatError, match="cat-1.png exists"):
+        generate(**options, count=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png"]
+
+
+def test_what_a_mask_hides_is_worked_on_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    Image.new("RGB", (51, 41), "red").save(tmp_path / "red.png")
+    mask = Image.new("L", (51, 41))
+    mask.paste(255, (10, 10, 20, 20))
+    mask.save(tmp_path / "mask.png")
+    told = generate(**options, image=tmp_path / "red.png", mask=tmp_path / "mask.png", mask_crop=4)
+    assert "51x41 pixels" in told
+    with Image.open(tmp_path / "cat.png") as made:
+        assert made.crop((20, 0, 51, 41)).getcolors() == [(31 * 41, (255, 0, 0))]
+        assert len(made.crop((10, 10, 20, 20)).getcolors()) > 1
+
+
 def test_the_command_line_hands_its_options_over(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +74,7 @@ def test_the_command_line_hands_its_options_over(
         cli.main()
     shown = capsys.readouterr()
     assert not end.value.code
-    assert shown.out == f"{options['output']}: 32x32 pixels, 1 steps of DDIM, seed 5.\n"
+    assert shown.out == f"{options['output']}: 32x32 pixels, 1 step of DDIM, seed 5.\n"
     assert "Denoising" in shown.err
 
 
@@ -67,6 +89,9 @@ def test_the_command_line_hands_its_options_over(
         ({"dtype": "float31"}, InputError, 'Unknown dtype "float31"'),
         ({"device": "abacus"}, InputError, "The device 'abacus' cannot be used"),
         ({"mask": "x.png"}, InputError, "give the picture with --image"),
+        ({"mask_crop": 4}, InputError, "--mask-crop works on what a mask hides"),
+        ({"mask_crop": -4, "image": "x.png", "mask": "y.png"}, InputError, "--mask-crop is -4"),
+        ({"count": 0}, InputError, "--count is 0: at least one picture"),
         ({"strength": 0.5}, InputError, "give the picture with --image"),
         ({"image": "x.png", "width": 64}, InputError, "leave --height and --width out"),
         ({"image": "nowhere.png"}, FileNotFoundError, "nowhere.png"),

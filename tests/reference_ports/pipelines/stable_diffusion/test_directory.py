@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 
@@ -79,6 +79,35 @@ def test_a_part_that_cannot_be_honoured_is_named(copied: Path) -> None:
     rewrite(copied / "unet" / "config.json", act_fn="gelu", unheard_of=1)
     with pytest.raises(ConversionError, match="(?s)unet: .*act_fn.*unheard_of"):
         from_directory(copied)
+
+
+@pytest.mark.parametrize(
+    ("folder", "other", "message"),
+    [
+        ("unet", "vae", "no model that can be converted .*unet looks like an autoencoder, vae looks like an autoenc"),
+        ("unet", "text_encoder", "no model that can be converted .*unet looks like a text encoder, vae looks like"),
+        ("vae", "unet", "autoencoder: .*vae/model.safetensors looks like a UNet, not an autoencoder"),
+        ("text_encoder", "vae", "text_encoder: .*model.safetensors looks like an autoencoder, not a text encoder"),
+    ],
+)
+def test_a_folder_that_holds_another_part_is_told_for_what_it_looks_like(
+    folder: str, other: str, message: str, copied: Path
+) -> None:
+    rmtree(copied / folder)
+    copytree(copied / other, copied / folder)
+    with pytest.raises(ConversionError, match=f"(?s){message}"):
+        from_directory(copied)
+
+
+def test_a_part_that_is_not_there_is_named(copied: Path) -> None:
+    rmtree(copied / "unet")
+    with pytest.raises(ConversionError, match="vae looks like an autoencoder; it lacks the folder unet"):
+        from_directory(copied)
+
+
+def test_one_part_alone_is_sent_to_the_ports(directory: Path) -> None:
+    with pytest.raises(ConversionError, match="looks like an autoencoder alone.*`refiners ports` lists the ports"):
+        from_directory(directory / "vae")
 
 
 def test_a_model_without_its_scheduler_needs_a_solver_by_name(copied: Path) -> None:

@@ -97,6 +97,26 @@ def test_what_does_not_fit_one_part_keeps_all_parts_untouched(
     assert len(model.load_loras(tmp_path / "odd.safetensors", strict=False)) == len(read_loras(file)) - 1
 
 
+def test_what_does_not_fit_any_part_is_told_in_one_error(model: LatentDiffusionModel, file: Path) -> None:
+    tensors = dict(read_loras(file).tensors)
+    text = next(key for key in tensors if key.startswith("lora_te_") and key.endswith("lora_down.weight"))
+    image = next(key for key in tensors if key.startswith("lora_unet_") and key.endswith("lora_down.weight"))
+    tensors[text] = tensors[text][:, 1:].contiguous()
+    tensors[image] = tensors[image] * torch.nan
+    for name in ("lora_te_nowhere", "lora_unet_nowhere", "lora_te2_text_projection"):
+        tensors |= {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)}
+    keys = list(model.state_dict())
+    with pytest.raises(ConversionError) as caught:
+        model.load_loras(tensors)
+    message = str(caught.value)
+    assert all(count in message.splitlines()[0] for count in ("3 unexpected", "1 shape", "1 value"))
+    for told in (text, image):
+        assert told.removesuffix(".lora_down.weight") in message
+    for told in ("lora_te_nowhere", "lora_unet_nowhere", "holds 1 LoRAs for text_encoder_2, and the model has unet"):
+        assert told in message
+    assert list(model.state_dict()) == keys
+
+
 def test_a_name_that_is_taken_keeps_the_model_as_it_is(model: LatentDiffusionModel, file: Path) -> None:
     model.load_loras(file, "style")
     keys = list(model.state_dict())

@@ -58,6 +58,31 @@ def test_a_generator_for_each_prompt_draws_what_it_draws_alone(model: LatentDiff
 
 
 @no_grad()
+def test_pictures_of_one_prompt_follow_one_another(model: LatentDiffusionModel, call: Call) -> None:
+    several = text_to_image(model, [PROMPT, OTHER], **call, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)).run()
+    repeated = text_to_image(model, [PROMPT, PROMPT, OTHER, OTHER], **call, generator=seeded(1, 2, 3, 4)).run()
+    assert torch.equal(several, repeated)
+
+
+@no_grad()
+def test_inpainting_goes_on_from_latents_that_another_model_has_begun(model: LatentDiffusionModel, call: Call) -> None:
+    begun, mask = torch.randn(1, 4, 16, 16, generator=seeded(0)), torch.ones(1, 1, 32, 32)
+    mask[..., :8] = 0
+    call |= {"num_inference_steps": 5, "denoising_start": 0.4, "denoising_end": 0.8}
+    generation = inpaint(model, PROMPT, begun, mask, **call, generator=seeded(0))
+    assert torch.equal(generation.latents, begun)
+    assert len(generation) == 2
+    made = generation.run()
+    assert torch.equal(made[..., :4], begun[..., :4])
+    assert not torch.equal(made[..., 4:], begun[..., 4:])
+
+
+def test_inpainting_refuses_latents_of_another_size(model: LatentDiffusionModel, call: Call) -> None:
+    with pytest.raises(InputError, match=r"shape \(1, 4, 8, 8\), .* need \(1, 4, 16, 16\)"):
+        inpaint(model, PROMPT, torch.zeros(1, 4, 8, 8), torch.ones(32, 32), **call)
+
+
+@no_grad()
 def test_the_prompts_decide(model: LatentDiffusionModel, call: Call) -> None:
     def run(*prompts: str, **more: Any) -> Tensor:
         return text_to_image(model, *prompts, **{**call, **more}, generator=seeded(0)).run()
@@ -120,6 +145,8 @@ def test_only_what_a_mask_hides_is_made_anew(model: LatentDiffusionModel, call: 
         ({"clip_skip": -1}, "-1 of them cannot be skipped"),
         ({"generator": [Generator(), Generator()]}, "2 generators for a batch of 1"),
         ({"denoising_end": 1.5}, "denoising_end is 1.5"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5"),
     ],
     ids=lambda value: str(value)[:30],
 )

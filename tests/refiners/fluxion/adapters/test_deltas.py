@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "lora-bias": ("lora", {"bias": True}),
     "dora": ("dora", {}),
+    "locon": ("locon", {}),
     "loha": ("loha", {}),
     "loha-tucker": ("loha", {"tucker": True}),
     "lokr": ("lokr", {}),
@@ -33,7 +34,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr-tucker": ("lokr", {"tucker": True, "factor": 1}),
 }
 WEIGHT_METHODS = [method for method in METHODS if METHODS[method][0] in ("loha", "lokr")]
-UNDEFINED = {("lora-bias", "embedding"), *((m, layer) for m in WEIGHT_METHODS for layer in ("conv3d", "embedding"))}
+UNDEFINED = {("lora-bias", "embedding"), ("locon", "linear"), ("locon", "embedding")}
+UNDEFINED |= {*((m, layer) for m in WEIGHT_METHODS for layer in ("conv3d", "embedding"))}
 CELLS = [(method, layer) for method in METHODS for layer in LAYERS if (method, layer) not in UNDEFINED]
 cells = pytest.mark.parametrize(("method", "layer"), CELLS)
 
@@ -290,6 +292,8 @@ def spec_of(method: str = "lora", layer: str = "linear", **changes: Any) -> Delt
         (spec_of(down=torch.zeros(2, 6, dtype=torch.int8)), "no floating dtype"),
         (spec_of("lora-bias", up_bias=torch.zeros(3)), "has not one value for each row of up"),
         (spec_of("dora", magnitude=None), "misses magnitude"),
+        (spec_of("locon", "conv2d", mid=torch.zeros(2, 3, 3, 2)), "does not begin with the rank 2 twice"),
+        (spec_of("locon", "conv2d", up=torch.zeros(4, 2, 3, 3)), "is not of one pixel"),
         (spec_of("loha", w2_b=None), "misses w2_b"),
         (spec_of("loha", w1_b=torch.zeros(3, 6)), "are no pair"),
         (spec_of("loha-tucker", "conv2d", t2=None), "t1 is no part of it"),
@@ -346,8 +350,13 @@ def test_what_sees_all_channels_of_a_grouped_layer_cannot_be_merged() -> None:
 
 def test_an_adapter_of_another_layer_is_refused() -> None:
     for method in METHODS:
+        layer, other = (
+            (fl.Conv2d(6, 4, 3), fl.Conv2d(6, 4, 5)) if method == "locon" else (fl.Linear(6, 4), fl.Linear(6, 8))
+        )
         with pytest.raises(AdapterTypeError, match="does not fit"):
-            LoraAdapter(fl.Linear(6, 8), new(method, fl.Linear(6, 4)))
+            LoraAdapter(other, new(method, layer))
+    with pytest.raises(AdapterTypeError, match="which has groups"):
+        new("locon", fl.Conv2d(6, 4, 3, groups=2))
 
 
 def test_a_dora_is_refused_where_a_chain_stands_in_the_place_of_its_layer() -> None:

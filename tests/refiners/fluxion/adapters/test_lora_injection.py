@@ -57,7 +57,7 @@ def look(tree: nn.Module) -> list[Any]:
     for name, module in tree.named_modules(remove_duplicate=False):
         parent = module.parent if isinstance(module, fl.ContextModule) else None
         own = vars(module)
-        flags = [own.get(key) for key in ("_is_injected", "_merge", "is_fused", "samples", "is_shared")]
+        flags = [own.get(key) for key in ("_is_injected", "_merge", "is_fused", "is_shared")]
         seen.append((name, id(module), list(own["_modules"]), module.training, id(parent), flags))
         for key, parameter in module.named_parameters(recurse=False):
             seen.append((key, id(parameter), parameter.data_ptr(), parameter.requires_grad, parameter.tolist()))

@@ -41,7 +41,7 @@ from refiners.fluxion.selectors import select
 STEPS = int(os.environ.get("REFINERS_LORA_STEPS", "1000"))
 SEED = int(os.environ.get("REFINERS_LORA_SEED", "0"))
 # What an adapter leaves on a module as long as it is in.
-MARKS = {"_root_adapter", "_replaced_by", "_is_injected", "_merge", "samples", "is_fused"}
+MARKS = {"_root_adapter", "_replaced_by", "_is_injected", "_merge", "is_fused"}
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 TEXT: CLIPTextNumbers = {

@@ -1,11 +1,15 @@
 """What is done with sets of LoRAs that are in: scales, switches, fusing, swapping, samples, sums of several."""
 
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
@@ -13,19 +17,26 @@ from refiners.errors import AdapterError, ChainError, LoraNameError
 from refiners.fluxion.adapters import (
     DeltaSpec,
     FusedLoras,
-    LoraAdapter,
     LoraSet,
     adapter_state_dict,
     assign_samples,
     base_state_dict,
     combine,
     fuse,
+    inject_checkpoints,
     inject_loras,
     load_adapter_state_dict,
     unfuse,
 )
 from refiners.fluxion.selectors import select
-from refiners.parity.rounding import agrees_in_float64, relative_error, typical_magnitude
+from refiners.parity.rounding import (
+    ERROR_RATIO,
+    ErrorPair,
+    agrees_in_float64,
+    joint_ratio,
+    relative_error,
+    typical_magnitude,
+)
 
 X = torch.randn(4, 3, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -305,6 +316,38 @@ def test_a_set_takes_the_memory_of_its_tensors_and_gives_it_back_at_once(is_fuse
         gc.enable()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strength", [1, 20])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: fl.Conv2d(3, 8, kernel_size=3, stride=2, padding=1), (2, 3, 12, 10)),
+        (lambda: fl.Conv2d(12, 6, kernel_size=1), (2, 12, 6, 5)),
+        (lambda: fl.Linear(64, 64), (24, 64)),
+    ],
+    ids=["conv2d", "pixel", "linear"],
+)
+def test_fused_loras_are_as_near_to_the_truth_as_one_after_the_other(
+    layer: Any, shape: tuple[int, ...], strength: float, dtype: torch.dtype
+) -> None:
+    errors: list[ErrorPair] = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        tree = fl.Chain(layer()).to(dtype=dtype)
+        for name, rank, alpha in (("a", 4, 2.1 * strength), ("b", 8, -26.0 * strength)):
+            loras = inject_loras(select(tree).of(fl.Linear, fl.Conv2d), name=name, rank=rank, alpha=alpha)
+            for parameter in loras.parameters():
+                nn.init.normal_(parameter, std=0.5)
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            exact = tree(x)
+            truth = deepcopy(tree).to(dtype=torch.float64)(x.double())
+            fuse(tree)
+            both = [relative_error(y, truth, typical_magnitude(truth, gradient=True)) for y in (exact, tree(x))]
+        errors.append(ErrorPair(str(seed), *both))
+    assert joint_ratio(errors, dtype) <= ERROR_RATIO
+
+
 # --- samples -----------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +365,7 @@ def test_each_sample_has_loras_of_its_own() -> None:
         assert is_close(mixed[i : i + 1], tree(X[i : i + 1]))
     for loras in sets.values():
         loras.enabled = True
-    assert not any("samples" in vars(adapter) for adapter in tree.layers(LoraAdapter, recurse=True))
+    assert tree.provider.values == {}
 
 
 def test_samples_without_a_lora_are_the_base_to_the_last_bit() -> None:
@@ -360,6 +403,73 @@ def test_samples_that_cannot_be_are_refused() -> None:
     with loras.merged(), pytest.raises(AdapterError, match="unmerge them first"), assign_samples(tree, ["a"] * 4):
         pass
     tree(X)
+
+
+def test_threads_with_assignments_of_their_own_do_not_meet() -> None:
+    tree = model()
+    trained(tree, "a"), trained(tree, "b", 3)
+    plans: list[list[Any]] = [["a", "b", None, "a"], [None, ("a", "b"), "b", "b"], ["b"] * 4]
+    expected: list[Tensor] = []
+    for plan in plans:
+        with assign_samples(tree, plan):
+            expected.append(tree(X))
+    turn = threading.Barrier(len(plans))
+
+    def run(plan: list[Any]) -> list[Tensor]:
+        with tree.context_scope(), assign_samples(tree, plan):
+            turn.wait()
+            outputs = [tree(X) for _ in range(5)]
+            turn.wait()
+        return [*outputs, tree(X)]
+
+    plain = tree(X)
+    with ThreadPoolExecutor(len(plans)) as pool:
+        found = list(pool.map(run, plans))
+    for outputs, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in outputs[:-1])
+        assert torch.equal(outputs[-1], plain)
+
+
+def test_an_assignment_is_for_its_part_of_the_model_and_ends_with_it() -> None:
+    tree = model()
+    trained(tree, "a")
+    plain = tree(X)
+    with assign_samples(tree.layer("Residual", fl.Chain), ["a"] * 4):
+        inside = tree(X)
+    assert is_close(inside, plain)
+    with assign_samples(tree, [None] * 4):
+        base = tree(X)
+    with assign_samples(tree.layer("Residual", fl.Chain), [None] * 4):
+        mixed = tree(X)
+    assert not is_close(mixed, base)
+    assert not is_close(mixed, plain)
+    assert torch.equal(tree(X), plain)
+
+
+def test_a_checkpoint_runs_again_with_the_assignment_of_its_forward() -> None:
+    tree = model()
+    loras = trained(tree, "a")
+    rows = ["a", None, None, "a"]
+    gradients: list[list[Tensor]] = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            inject_checkpoints(select(tree).of(fl.Residual).expect(1))
+        with assign_samples(tree, rows):
+            output = tree(X)
+        gradients.append(list(torch.autograd.grad(output.square().sum(), list(loras.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("rows", [["a", None, ("a", "b"), "b"], ["b"] * 4])
+def test_a_compiled_model_has_samples_with_loras_of_their_own(rows: list[Any]) -> None:
+    tree = model()
+    trained(tree, "a"), trained(tree, "b", 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(tree, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), assign_samples(tree, rows):
+        assert is_close(compiled(X), tree(X))
+    with torch.no_grad():
+        assert is_close(compiled(X), tree(X))
 
 
 # --- sums of several ---------------------------------------------------------------------------------------------

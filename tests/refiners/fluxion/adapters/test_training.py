@@ -9,7 +9,7 @@ import torch._dynamo
 
 import refiners.fluxion.layers as fl
 from refiners.errors import AdapterError
-from refiners.fluxion.adapters import inject_loras, trainable
+from refiners.fluxion.adapters import LoraSet, inject_loras, inject_norm_tuning, trainable
 
 
 @pytest.fixture
@@ -90,3 +90,49 @@ def test_a_compiled_model_is_trained_in_one_graph_to_the_same_bits(model: fl.Cha
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert losses(torch.compile(model, backend="aot_eager", fullgraph=True)) == eager
     assert eager[-1] < eager[0]
+
+
+def merge(loras: LoraSet) -> None:
+    loras.merge()
+
+
+def disable(loras: LoraSet) -> None:
+    loras.enabled = False
+
+
+def disable_one_layer(loras: LoraSet) -> None:
+    loras.loras[0].switch.set("enabled", False)
+
+
+def eject(loras: LoraSet) -> None:
+    loras.eject()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "advice"),
+    [
+        (merge, r"merged into the weights of the layers: unmerge\(\) it first"),
+        (disable, "is disabled: set enabled = True first"),
+        (disable_one_layer, "is disabled: set enabled = True first"),
+        (eject, "was ejected: inject it again"),
+    ],
+)
+def test_a_set_that_takes_no_part_is_refused_with_what_to_do(
+    model: fl.Chain, spoil: Callable[[LoraSet], None], advice: str
+) -> None:
+    good, loras = inject_loras(model, name="good", rank=1), inject_loras(model, name="style", rank=2)
+    spoil(loras)
+    before = wants_gradients(model)
+    with pytest.raises(AdapterError, match=rf"(?s)cannot be trained.*'style'.*{advice}"):
+        trainable(good, loras)
+    assert wants_gradients(model) == before
+
+
+def test_a_tuning_that_takes_no_part_is_refused_as_well(model: fl.Chain) -> None:
+    norms = inject_norm_tuning(model)
+    norms.enabled = False
+    with pytest.raises(AdapterError, match="set enabled = True first"):
+        trainable(norms)
+    norms.eject()
+    with pytest.raises(AdapterError, match="was ejected"):
+        trainable(norms)

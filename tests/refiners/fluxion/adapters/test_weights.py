@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.errors import ConversionError
 from refiners.fluxion.adapters import (
+    CheckpointAdapter,
     LinearLora,
     LoraAdapter,
     adapter_state_dict,
@@ -15,6 +16,7 @@ from refiners.fluxion.adapters import (
     load_adapter_state_dict,
     load_base_state_dict,
 )
+from refiners.fluxion.adapters.weights import named_base_modules, paths_of
 
 
 class Wrap(fl.Chain, fl.Adapter[nn.Module]):
@@ -184,3 +186,42 @@ def test_a_base_of_five_hundred_levels_can_be_read() -> None:
         keep.append(fl.Chain(keep[-1]))
     LoraAdapter(tree[0], LinearLora("style", 1, 1, rank=1)).inject(tree)
     assert len(base_state_dict(keep[-1])) == 2
+
+
+# --- where layers are --------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A module that is no Chain, with Chains in it."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+
+def deep_tree() -> fl.Chain:
+    shared = fl.Linear(2, 2)
+    return fl.Chain(
+        fl.Chain(fl.Linear(2, 2), fl.ReLU(), fl.Residual(fl.Linear(2, 2), shared)),
+        Holder(fl.Chain(fl.Linear(2, 2), shared), nn.Linear(2, 2)),
+        fl.Sum(shared, fl.Chain(fl.Chain(fl.Linear(2, 2)))),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_paths_of_some_layers_are_those_that_a_walk_through_the_whole_base_finds(seed: int) -> None:
+    torch.manual_seed(seed)
+    tree = deep_tree()
+    CheckpointAdapter(tree[0]).inject()
+    LoraAdapter(tree[0][0][0], LinearLora("other", 2, 2, rank=1)).inject(tree)
+    layers = [layer for _, layer in named_base_modules(tree) if isinstance(layer, nn.Linear)]
+    layers += [tree[2], tree[0].target[2]]
+    chosen = [layer for layer in layers if torch.rand(()) < 0.5] or layers
+    wanted, expected = {id(layer) for layer in chosen}, dict[str, int]()
+    for path, module in named_base_modules(tree):
+        if id(module) in wanted:
+            wanted.remove(id(module))
+            expected[path] = id(module)
+    assert {path: id(module) for path, module in paths_of(tree, chosen).items()} == expected
+    assert list(paths_of(tree, chosen)) == list(expected)
+    assert paths_of(tree, [fl.Linear(2, 2)]) == {}
