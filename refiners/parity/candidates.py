@@ -18,7 +18,7 @@ from refiners.parity.replay import HUGE, Change, Edit, Program, left_out, scalar
 from refiners.parity.trial import Making
 
 NUMBERS = (1e4, 1e5, 5e5, 1e6, 1e3, 5e3, 0.5, 1.0, 2.0, 0.0, 1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
-DEEPEST = 3
+DEEPEST = 4
 MOST_TRIED = 600
 MOST_LEAVES = 8
 
@@ -34,12 +34,22 @@ class Candidate:
 
 
 def exchanged(port: Program) -> Iterator[Candidate]:
-    """Two of the values that the port starts from stand in each other's place."""
+    """Two values stand in each other's place: of those that the port starts from, or that it makes of one value."""
     leaves = sorted(number for number in port.leaves() if port.values[number].is_floating_point())[:MOST_LEAVES]
-    for a, b in itertools.combinations(leaves, 2):
+    for a, b in (*itertools.combinations(leaves, 2), *_twins(port)):
         if port.values[a].shape == port.values[b].shape and port.root not in (a, b):
             text = f"when {name_of_value(port, a)} and {name_of_value(port, b)} are exchanged"
             yield Candidate(text, _exchange(a, b), (a, b))
+
+
+def _twins(program: Program) -> Iterator[tuple[int, int]]:
+    """Values that two operations make of the same ones, as a sine and a cosine."""
+    makers: dict[tuple[int, ...], list[int]] = {}
+    for number, (operation, _) in program.made.items():
+        if len(operation.inputs) == 1 and not unlike.is_move(operation) and program.values[number].is_floating_point():
+            makers.setdefault(operation.inputs, []).append(number)
+    for numbers in makers.values():
+        yield from itertools.combinations(numbers[:2], 2)
 
 
 def _exchange(a: int, b: int) -> Making:
@@ -74,6 +84,7 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
         program: to change.
         numbers: that are tried as well.
     """
+    yield from _tiled(program)
     tried = 0
     for group in _groups(program):
         operation = group[0]
@@ -88,6 +99,25 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
             name = _argument_of(operation, path)
             text = f"when in `{flow.name_of(operation)}` at {at} {name} is {flow.number(new)}, not {flow.number(value)}"
             yield Candidate(text, _everywhere(group, _with(path, new)), (operation.name, at, path))
+
+
+def _tiled(program: Program) -> Iterator[Candidate]:
+    """Heads that are repeated all together should be repeated one by one: groups of queries share a key."""
+    tiled = [op for op in program.operations if op.name == "aten.repeat" and sum(n > 1 for n in op.template[0][1]) == 1]
+    if not tiled:
+        return
+    repeats: list[int] = tiled[0].template[0][1]
+    axis = next(axis for axis, count in enumerate(repeats) if count > 1)
+
+    def one_by_one(operation: Operation, given: list[Tensor]) -> Tensor:
+        return given[0].repeat_interleave(repeats[axis], dim=axis - len(repeats) + given[0].ndim)
+
+    same = [operation for operation in tiled if operation.template[0][1] == repeats]
+    text = (
+        f"when in `repeat` at {tiled[0].source} each entry of axis {axis} is repeated by itself, as 0 0 1 1 "
+        "(`repeat_interleave`): here all of them are in turn, as 0 1 0 1"
+    )
+    yield Candidate(text, _everywhere(same, one_by_one), (tiled[0].name, axis))
 
 
 def residual(operations: Sequence[Operation], what: str) -> str:

@@ -18,15 +18,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from refiners.parity import candidates, flow, unlike
-from refiners.parity.candidates import MOST_TRIED, Candidate, name_of_value, residual
+from refiners.parity import candidates, flow, turning, unlike
+from refiners.parity.candidates import Candidate, name_of_value, residual
 from refiners.parity.fingerprint import Sketch
 from refiners.parity.hypotheses import ACTIVATIONS
+from refiners.parity.mending import first_that_mend, is_alike, pointer
 from refiners.parity.operations import Operation, tensors_in
 from refiners.parity.replay import (
     Change,
     Edit,
     Program,
+    as_it_is,
     coarsely,
     is_close,
     is_same,
@@ -53,26 +55,40 @@ FAR = 1000.0
 """How far apart values must be, in units of rounding, for a change to be told that brings them together coarsely."""
 
 
-def why(port: Program, upstream: Program, until: float = math.inf) -> str:
+def why(port: Program, upstream: Program, until: float = math.inf, *, only_point: bool = False) -> str:
     """What makes the port's value upstream's, completing "equal …"; "" when nothing simple does.
 
     Receives:
         port, upstream: how both sides make the value.
         until: the time, of the monotonic clock, when the search ends.
+        only_point: no search, for lines in which nothing was found before: only where they differ.
     """
-    with limited(until, SECONDS):
-        try:
-            if not (port.is_faithful() and upstream.is_faithful()):
-                return ""
-            if is_rounding_of_float32(port, upstream):
-                return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else "")
-            trial = Trial(port, upstream)
-            told = _why(trial)
-            with coarsely():
-                sketches = port.sketches[port.root], upstream.sketches[upstream.root]
-                return told if told or is_same(*sketches, times=FAR) else _why(trial)
-        except Exception:  # an operation that does not take float64, a value that was not seen, or the end of the time
+    try:
+        if not (port.is_faithful() and upstream.is_faithful()):
             return ""
+        if is_rounding_of_float32(port, upstream):
+            return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else "")
+        trial = Trial(port, upstream)
+        with coarsely():
+            is_far = not is_same(port.sketches[port.root], upstream.sketches[upstream.root], times=FAR)
+    except Exception:  # an operation that does not take float64, or a value that was not seen
+        return ""
+    searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), pointer)
+    for search in searches:
+        try:
+            with limited(until, SECONDS if search is _why else SECONDS / 2):
+                told = search(trial)
+        except Exception:  # the same, or the end of the time
+            told = ""
+        if told:
+            return told
+    return ""
+
+
+def _coarsely(trial: Trial) -> str:
+    """Why, where one side holds in float32 what the other one computes in float64."""
+    with coarsely():
+        return _why(trial)
 
 
 def is_rounding(port: Program, upstream: Program) -> bool:
@@ -97,20 +113,45 @@ def _bitwise(port: Program, upstream: Program) -> str:
     return ", or ".join(found.values()) if len(found) <= MOST_TOLD else ""
 
 
-def _why(trial: Trial) -> str:
+def _why(trial: Trial, *, is_part: bool = False) -> str:
     if is_rounding(trial.port, trial.upstream):
         return ""
-    told = _first(trial, candidates.bases(trial.port, trial.upstream)) or _activation(trial)
-    if not told and _first(trial, candidates.exchanged(trial.port)):
+    told = _tried(lambda: _first(trial, candidates.bases(trial.port, trial.upstream)) or _activation(trial))
+    if not told and _tried(lambda: _first(trial, candidates.exchanged(trial.port))):
         told = _alternatives(trial, _of_leaves(trial))
     if told:
         return told
     found = [one for one in unlike.differences(trial.port, trial.upstream) if not _is_a_move(one)]
     is_plain = "instead" not in {one.kind for one in found}
-    told = _told(trial, found) if is_plain else ""
-    told = told or _alternatives(trial, _of_leaves(trial))
-    told = told or _one_change(trial, found) or ("" if is_plain else _told(trial, found))
-    return told or _in_the_place_of_another(trial)
+    told = _tried(lambda: (_told(trial, found) if is_plain else "") or _alternatives(trial, _of_leaves(trial)))
+    pairs = [] if told or is_part else first_that_mend(trial)
+    try:
+        told = told or _tried(lambda: _inside(trial, pairs)) or _tried(lambda: _one_change(trial, found))
+        told = told or ("" if is_plain else _tried(lambda: _told(trial, found)))
+    except TimeoutError:
+        if not pairs:
+            raise
+    return told or (_instead_of_line(trial, pairs) if pairs else "")
+
+
+def _tried(search: Callable[[], str]) -> str:
+    """What a search tells; nothing where it meets a value that it cannot take, so that the next one is tried."""
+    try:
+        return search()
+    except TimeoutError:
+        raise
+    except Exception:  # an operation that does not take float64 or whole numbers, a value that was not seen
+        return ""
+
+
+def _inside(trial: Trial, pairs: Sequence[tuple[int, int]]) -> str:
+    """Why values differ, where upstream's in their place mend the port."""
+    parts = [trial.part(*pair) for pair in pairs if not is_alike(trial, *pair)]
+    if not all(part.port.operations and part.port.root != trial.port.root for part in parts):
+        return ""
+    texts = [_why(part, is_part=True) for part in parts]
+    clauses = dict.fromkeys(clause for text in texts for clause in text.split("; "))
+    return "; ".join(clauses) if texts and all(texts) else ""
 
 
 def _of_leaves(trial: Trial) -> Iterator[Candidate]:
@@ -154,6 +195,8 @@ def _activation(trial: Trial) -> str:
         programs = [draw[side] for draw in trial.draws]
         if any(len(program.leaves()) != 1 or not program.operations for program in programs):
             return ""
+        if not all(program.values[n].is_floating_point() for program in programs for n in program.leaves()):
+            return ""
         names += [name for name in ACTIVATIONS if all(_is_function(program, name) for program in programs)][:1]
     return f"when the activation is {names[0]}: here it is {names[1]}" if len(names) == 2 else ""
 
@@ -192,7 +235,7 @@ def _told(trial: Trial, found: Sequence[unlike.Other]) -> str:
         found = rest if rest and _mend(trial, rest) else found
     replaced = [(one.port, one.upstream) for one in found if one.kind == "instead"]
     turned = [(a, b) for a, b in replaced if isinstance(a, int) and isinstance(b, int)]
-    layouts = flow.rope_layouts(*_operations_of(trial, turned)) if len(turned) == len(found) else ""
+    layouts = turning.layouts(trial, turned) if len(turned) == len(found) else ""
     if layouts:
         return layouts
     found = list({one.key: one for one in reversed(found)}.values())[::-1]
@@ -227,6 +270,8 @@ def _undone(found: Sequence[unlike.Other], reader: int | None) -> Making:
             match one:
                 case unlike.Other("arguments", Operation() as here, Operation() as there):
                     changes[here.index] = lambda op, given, like=there: with_arguments(op, like.template, given)
+                case unlike.Other("order", Operation() as here):
+                    changes[here.index] = lambda op, given, order=one.order: as_it_is(op, [given[n] for n in order])
                 case unlike.Other("extra", Operation() as here):
                     changes[here.index] = left_out
                 case unlike.Other("instead", int() as here, int() as there):
@@ -300,71 +345,31 @@ def _difference(trial: Trial, one: unlike.Other) -> str:
             apart = [f"`{n}` is {flow.number(right[n])}, not {flow.number(given.get(n))}" for n in names]
             told = " and ".join(apart) or f"it is {flow.told(there)}"
             return f"when in `{flow.name_of(here)}` at {here.source} {told}"
+        case unlike.Other("order", Operation() as here):
+            names = ", ".join(name_of_value(trial.port, here.inputs[place], 1) for place in one.order)
+            places = [place + 1 for place in one.order]
+            return f"when in `{flow.name_of(here)}` at {here.source} the tensors stand in the order {places}: {names}"
         case unlike.Other("instead", int() as here, int() as there):
             return _instead(trial, here, there)
         case _:
             return ""
 
 
-def _in_the_place_of_another(trial: Trial) -> str:
-    """One value of upstream's mends the port where it takes the place of one of the port's, or those of one line do."""
-    port, upstream = trial.port, trial.upstream
-    theirs = _lines(upstream)
-    tried = 0
-    for ours in _lines(port):
-        for values in theirs:
-            pairs = list(zip(ours, values, strict=False))
-            fits = len(ours) == len(values) and all(port.sketches[a][0] == upstream.sketches[b][0] for a, b in pairs)
-            if not fits or upstream.root in values or all(_is_alike(trial, *pair) for pair in pairs):
-                continue
-            tried += 1
-            if tried > MOST_TRIED:
-                return ""
-            if trial.holds(candidates.put(pairs)):
-                return _instead_of_line(trial, pairs)
-    return ""
-
-
 def _instead_of_line(trial: Trial, pairs: Sequence[tuple[int, int]]) -> str:
     """In words what one line makes, or a value that a program starts from."""
     parts = [(trial.port.part(a), trial.upstream.part(b)) for a, b in pairs]
     if len({(len(ours.operations), len(theirs.operations)) for ours, theirs in parts}) == 1:
-        return _instead(trial, *pairs[0])
-    ours, theirs = _operations_of(trial, pairs)
-    here, there = ours[-1], theirs[-1]
-    made = f"what `{flow.name_of(there)}` at {there.source} of upstream makes"
-    told = f"when what `{flow.name_of(here)}` at {here.source} makes is {made}"
-    return flow.rope_layouts(ours, theirs) or told
-
-
-def _is_alike(trial: Trial, here: int, there: int) -> bool:
-    first, second = trial.port.values[here], trial.upstream.values[there]
-    return first.shape == second.shape and is_close(first, second)
-
-
-def _lines(program: Program) -> list[tuple[int, ...]]:
-    """The values that a program starts from, then those that it makes, several at once where one line makes them."""
-    lines: dict[tuple[str, str], list[int]] = {}
-    for number, (operation, _) in program.made.items():
-        if program.values[number].is_floating_point() and not unlike.is_move(operation):
-            lines.setdefault((operation.name, str(operation.source)), []).append(number)
-    found = [(n,) for n in sorted(program.leaves()) if program.values[n].is_floating_point()]
-    groups = sorted(lines.values(), key=lambda group: program.made[group[0]][0].index)
-    for group in groups:
-        found += [tuple(group), *((number,) for number in group if len(group) > 1)]
-    return found
-
-
-def _operations_of(trial: Trial, pairs: Sequence[tuple[int, int]]) -> tuple[list[Operation], list[Operation]]:
-    ours = [operation for a, _ in pairs for operation in trial.port.part(a).operations]
-    return ours, [operation for _, b in pairs for operation in trial.upstream.part(b).operations]
+        told = _instead(trial, *pairs[0])
+        if told:
+            return told
+    return turning.layouts(trial, pairs)
 
 
 def _instead(trial: Trial, here: int, there: int) -> str:
     port, upstream = trial.port, trial.upstream
     ours, theirs = port.part(here).operations, upstream.part(there).operations
-    layouts = flow.rope_layouts(ours, theirs)
-    if layouts and len(ours) + len(theirs) <= 3 * LONGEST:
+    layouts = turning.layouts(trial, [(here, there)])
+    if layouts:
         return layouts
     if here == port.root and there == upstream.root and ours and theirs and len(ours) + len(theirs) > LONGEST // 2:
         return ""
@@ -388,7 +393,7 @@ def _inputs_are_alike(trial: Trial, ours: Operation, theirs: Operation) -> bool:
     """Whether what the port gives to an operation is what upstream gives, as far as it gives any."""
     pairs = list(zip(ours.inputs, theirs.inputs, strict=False))
     known = all(a in trial.port.values and b in trial.upstream.values for a, b in pairs)
-    return known and all(_is_alike(trial, a, b) for a, b in pairs)
+    return known and all(is_alike(trial, a, b) for a, b in pairs)
 
 
 def _on_the_way(upstream: Program, start: tuple[int, Sketch]) -> list[str]:

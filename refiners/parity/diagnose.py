@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from refiners.parity import causes, edits, flow, hypotheses
+from refiners.parity import causes, edits, flow, hypotheses, mending
 from refiners.parity.edits import Hypothesis
 from refiners.parity.leaves import Pairing
 from refiners.parity.localise import Finding
@@ -43,6 +43,8 @@ class Session:
     port_trace: Trace
     deadline: float
     run_upstream: Run | None = None
+    fruitless: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
+    """Lines of both sides in which no cause was found."""
     _disagreeing: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
 
     def points(self) -> list[Point]:
@@ -143,15 +145,28 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if _is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (_wired(finding, session), False)
-    check = _check_of(finding, session)
+    check, vague = _check_of(finding, session), ""
     for hypothesis in _proposed(finding, session):
         if session.is_late():
-            return "", False
-        if _holds(hypothesis, finding, check):
-            return hypothesis.text, True
+            return vague, bool(vague)
+        if not (vague and hypothesis.is_vague) and _holds(hypothesis, finding, check):
+            if not hypothesis.is_vague:
+                return hypothesis.text, True
+            vague = hypothesis.text
     programs = _programs(finding, session)
-    told = _repeated(finding, session) or (causes.why(*programs, session.deadline) if programs else "")
+    told = _repeated(finding, session) or (_cause(*programs, session) if programs else "")
+    if vague and told in ("", causes.ONLY_ROUNDING):
+        return vague, True
     return told or _by_data_flow(finding, session), False
+
+
+def _cause(port: Program, upstream: Program, session: Session) -> str:
+    """Why; lines of code in which nothing was found are not searched again, as in each layer of a model."""
+    lines = tuple(str(op.source) for program in (port, upstream) for op in program.operations)
+    told = causes.why(port, upstream, session.deadline, only_point=lines in session.fruitless)
+    if not told or mending.POINTS in told:
+        session.fruitless.add(lines)
+    return told
 
 
 def _check_of(finding: Finding, session: Session) -> Callable[[Finding], bool]:
@@ -255,12 +270,22 @@ def _operations(finding: Finding, session: Session, node: nn.Module) -> Iterator
 def _pieces(finding: Finding, session: Session) -> Iterator[Hypothesis]:
     """A tensor is cut in pieces, and one is taken for another."""
     read = {number for op in (*finding.port_operations, *finding.port_region) for number in op.inputs}
+    for view in reversed(session.port_trace.operations):
+        if view.is_view and not flow.is_parting(view) and read & set(view.outputs):
+            read |= set(view.inputs)
     for ours in session.port_trace.operations:
         if not flow.is_parting(ours) or not read & set(ours.outputs):
             continue
         before = session.port_trace.operations[: ours.index]
         position = sum(op.function is ours.function for op in before)
         count = min(len(ours.outputs), MOST_PIECES)
+        for turn in range(1, len(ours.outputs)) if len(ours.outputs) > 2 else ():
+            order = [(place + turn) % len(ours.outputs) for place in range(len(ours.outputs))]
+            told = [place + 1 for place in order]
+            text = (
+                f"when the pieces of `{flow.name_of(ours)}` stand in the order {told}, which are made at {ours.source}"
+            )
+            yield Hypothesis(text, edits.operation(session.port, position, ours.function, edits.reordered(order)))
         for a, b in itertools.combinations(range(count), 2):
             what = "the two pieces" if count == 2 else f"pieces {a + 1} and {b + 1}"
             text = f"when {what} of `{flow.name_of(ours)}` are exchanged, which is made at {ours.source}"

@@ -29,6 +29,8 @@ class Hypothesis:
     text: str
     """What would make it equal, completing "equal …"."""
     edit: Edit
+    is_vague: bool = False
+    """Whether it only says where: told if nothing says more."""
 
 
 @contextmanager
@@ -205,6 +207,16 @@ def preceded_by(theirs: Operation, place: int) -> Change:
 def left_out(func: Any, args: Any, kwargs: Any) -> Any:
     """Nothing: the first tensor passes."""
     return tensors_in((args, kwargs))[0].clone()
+
+
+def reordered(order: list[int]) -> Change:
+    """The tensors that an operation returns stand in another order."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Any:
+        results = list(func(*args, **kwargs))
+        return [results[place] for place in order]
+
+    return change
 
 
 def exchanged(first: int, second: int) -> Change:

@@ -11,7 +11,7 @@ close count as equal, so that only what rounding cannot explain is left.
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from refiners.parity.again import command_of
 from refiners.parity.bits import same_bits
+from refiners.parity.borders import Lesson, without_borders
 from refiners.parity.case import Case
+from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.diagnose import Session, beyond_rounding, diagnose
 from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
@@ -28,6 +30,7 @@ from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leaves
 from refiners.parity.localise import Finding, Locator
 from refiners.parity.operations import Trace
+from refiners.parity.precision import look_at_precision
 from refiners.parity.runner import CaseRunner
 from refiners.parity.teacher import Point, Run, Teacher, Where
 from refiners.parity.torch_state import seed_torch
@@ -61,6 +64,8 @@ class Explanation:
     pairing: Pairing = field(default_factory=dict[str, str])
     """Path of a leaf of the port → path of the leaf of upstream."""
     notes: list[str] = field(default_factory=list[str])
+    rounded: list[str] = field(default_factory=list[str])
+    """Paths of the port that differ by rounding alone, beside faults."""
     command: str = ""
     """What shows this again."""
     seconds: float = 0.0
@@ -97,13 +102,16 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
     """
     runner = case if isinstance(case, CaseRunner) else CaseRunner(case)
     found = _explain_in(runner, lane, seconds, by_closeness=False)
-    unclear = len(found.faults) > MANY or any(not fault.diagnosis for fault in found.faults)
+    unclear = len(found.faults) > MANY or bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
     if not unclear or "float64" not in runner.case.lanes:
         return found
     wide = _explain_in(runner, Lane("float64", lane.device), seconds, by_closeness=True)
     some = len(wide.faults) or "none"
-    told = f"{len(found.faults)} nodes differ in {lane.name}, {some} by more than rounding in float64"
+    count = "1 node differs" if len(found.faults) == 1 else f"{len(found.faults)} nodes differ"
+    told = f"{count} in {lane.name}, {some} by more than rounding in float64"
     clearer = wide if wide.faults and len(wide.faults) <= len(found.faults) else found
+    if not wide.faults:
+        found.faults = [replace(f, diagnosis=f.diagnosis or ONLY_ROUNDING) for f in found.faults]
     clearer.notes.append(told)
     return clearer
 
@@ -113,6 +121,9 @@ def _explain_in(runner: CaseRunner, lane: Lane, seconds: float, *, by_closeness:
         warnings.simplefilter("ignore")
         upstream, port, _ = runner.sides(lane)
         found = explain_sides(runner.case, lane, upstream, port, by_closeness=by_closeness, seconds=seconds)
+        if not found.faults and not by_closeness:
+            seen = look_at_precision(runner.case, lane, (upstream, port), draw_inputs(runner.case))
+            found.notes += seen.faults
         if not found.faults and runner.case.gradients:
             found.notes += explain_gradients(
                 upstream,
@@ -193,7 +204,10 @@ def explain_modules(
         _lesson(teacher, port, run_port, pairing, ours, wrong)
         for pairing in pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
     ]
-    findings, points, pairing, forced = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
+    best = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
+    findings, points, pairing, forced = without_borders(
+        best, ours.known(), lambda p: _lesson(teacher, port, run_port, p, ours, wrong)
+    )
     session = Session(
         upstream=upstream,
         port=port,
@@ -209,10 +223,22 @@ def explain_modules(
     session.start(points)
     findings = [beyond_rounding(finding, session) if finding.others else finding for finding in findings]
     faults = _told_once([Fault(finding, *diagnose(finding, session)) for finding in findings])
+    faults, rounded = _without_rounding(faults)
     explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
     explanation.notes += _notes(faults, free, ours, session)
+    explanation.rounded = rounded
+    if rounded:
+        explanation.notes.append(f"equal but for rounding: {', '.join(f'`{path}`' for path in rounded)}")
     explanation.seconds = round(time.monotonic() - started, 3)
     return explanation
+
+
+def _without_rounding(faults: list[Fault]) -> tuple[list[Fault], list[str]]:
+    """The faults; and where there are some, the paths of what differs by rounding alone, which is none beside them."""
+    rounded = [fault for fault in faults if fault.diagnosis == ONLY_ROUNDING]
+    if len(rounded) == len(faults):
+        return faults, []
+    return [fault for fault in faults if fault not in rounded], [fault.finding.port for fault in rounded]
 
 
 def _told_once(faults: list[Fault]) -> list[Fault]:
@@ -274,9 +300,6 @@ def warmed_up(run_upstream: Run, run_port: Run, seed: int = 0) -> tuple[Run, Run
     return runs
 
 
-_Lesson = tuple[list[Finding], list[Point], Pairing, Trace]
-
-
 def _burden(findings: list[Finding], wrong: list[str]) -> tuple[int, int]:
     """How much a pairing has to blame: of as many faults, those of leaves are the simpler story.
 
@@ -288,7 +311,7 @@ def _burden(findings: list[Finding], wrong: list[str]) -> tuple[int, int]:
 
 def _lesson(
     teacher: Teacher, port: nn.Module, run: Run, pairing: Pairing, ours: Trace, wrong_weights: list[str]
-) -> _Lesson:
+) -> Lesson:
     points: list[Point] = []
 
     def forced() -> Mapping[str, Tensor]:

@@ -86,7 +86,7 @@ def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[st
         what = "passes on a value that upstream changes first"
     lines = [(f"{number}. {path} {what}", "bold red")]
     if fault.diagnosis:
-        source = "" if fault.was_run else " (from the values of both sides, not tried)"
+        source = "" if fault.was_run else " (from the values of both sides; the model was not run with it)"
         lines.append((f"   equal      {fault.diagnosis}{source}", "bold green"))
     else:
         lines.append(("   equal      by no hypothesis that was tried", "yellow"))

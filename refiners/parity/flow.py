@@ -45,7 +45,7 @@ def told(operation: Operation) -> str:
 
 def number(value: Any) -> str:
     """A value, and where it may come from: 6.2146… is ln(500)."""
-    if not isinstance(value, float) or len(repr(value)) < 8 or not math.isfinite(value):
+    if not isinstance(value, float) or len(repr(value)) < 8 or not 1e-30 < abs(value) < 1e30:
         return repr(value)
     sign, size = "-" if value < 0 else "", abs(value)
     power = math.exp(size) if size < 20 else 0.0
@@ -81,12 +81,19 @@ def arguments(operation: Operation) -> dict[str, Any]:
     return {name: value for name, value in _arguments(operation).items() if not has_tensor(value)}
 
 
+def default_scale(operation: Operation) -> float | None:
+    """What attention scales by where nothing is said; None of other operations."""
+    return float(operation.tensors[0][1][-1] ** -0.5) if "scaled_dot_product" in operation.name else None
+
+
 def unlike(ours: Operation, theirs: Operation) -> str:
     """In what arguments the port's operation differs from upstream's, completing "equal …"."""
     if ours.function is not theirs.function:
         return f"when it computes {told(theirs)} in place of {told(ours)}"
     here, there = _arguments(ours), _arguments(theirs)
     apart = [name for name in dict.fromkeys([*there, *here]) if here.get(name) != there.get(name)]
+    if len(apart) > 1 and default_scale(ours) == here.get("scale", there.get("scale")):
+        apart = [name for name in apart if name != "scale"]  # given on one side, and the default on the other
     if not apart:
         return f"when it computes {told(theirs)}"
     exchanged = _exchanged(apart, here, there)
@@ -176,12 +183,19 @@ def origin(trace: Trace, number: int, leaves: Iterable[str]) -> str:
     known = set(leaves)
     call = next((call for call in trace.calls if call.path in known and number in call.outputs), None)
     if call is not None:
-        return f"what `{call.path}` returns"
+        return f"{_which(call.outputs, number)}what `{call.path}` returns"
     made = next((op for op in trace.operations if number in op.outputs and number not in op.inputs), None)
     if made is not None:
-        return f"what `{name_of(made)}` at {made.source} returns"
+        return (
+            f"{_which(made.outputs, number) if is_parting(made) else ''}what `{name_of(made)}` at {made.source} returns"
+        )
     given = next((call for call in trace.calls if number in call.inputs), None)
     return f"what `{given.path}` is given" if given and given.path else "what the model is given" if given else ""
+
+
+def _which(values: Sequence[int | None], number: int) -> str:
+    """Which of several values one is."""
+    return f"number {values.index(number) + 1} of {len(values)} of " if len(values) > 1 else ""
 
 
 # Shapes of a region
@@ -201,7 +215,7 @@ def rope_layouts(port: Sequence[Operation], upstream: Sequence[Operation]) -> st
 
 def _pairs(operations: Sequence[Operation]) -> str:
     names = {step.strip().removeprefix("aten.") for op in operations for step in op.name.split("→")}
-    if not {"neg", "view_as_complex"} & names:
+    if not {"neg", "view_as_complex"} & names and not {"sub", "add", "mul"} <= names:
         return ""
     if "view_as_complex" in names or any(map(_takes_neighbours, operations)):
         return "neighbours"

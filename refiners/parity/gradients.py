@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from refiners.parity.fingerprint import Values
 from refiners.parity.leaves import Pairing, weight_leaves
-from refiners.parity.localise import Walk, producers, walk
 from refiners.parity.operations import Operation, Trace
 from refiners.parity.trace import record
+from refiners.parity.ways import Walk, producers, walk
 
 MAX_TOLD = 6
 

@@ -94,6 +94,7 @@ def of_leaf(port: nn.Module, upstream: nn.Module, weights: dict[str, Tensor]) ->
     yield Hypothesis(
         f"when it computes as upstream's {kind.__name__} does, with the weights and attributes that it has",
         edits.instead(port, lambda x: kind.forward(port, x)),
+        is_vague=True,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from refiners.parity.leaves import Pairing
 from refiners.parity.operations import ModuleCall, Operation, Trace
 from refiners.parity.teacher import Point, Where
+from refiners.parity.ways import RESHAPES, Walk, common_path, only_lacks, passes_on, producers, uncut, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class Locator:
         self._known_here = port.known()
         self._made_upstream = producers(upstream)
         self._made_here = producers(port)
+        self._weights_here = uncut(port.weights, self._made_here)
+        self._weights_upstream = uncut(upstream.weights, self._made_upstream)
         self._took_for: dict[int, int] = {}
 
     def find(self, points: Sequence[Point]) -> list[Finding]:
@@ -90,13 +93,19 @@ class Locator:
                 first = found.setdefault(finding.key, finding)
                 if first is not finding:
                     found[finding.key] = replace(first, others=(*first.others, finding))
-        return _without_echoes(list(found.values()))
+        leaves = {finding.port for finding in found.values() if finding.is_leaf}
+        return _without_echoes([one for one in found.values() if one.is_leaf or not self._is_of_leaf(one, leaves)])
+
+    def _is_of_leaf(self, finding: Finding, leaves: set[str]) -> bool:
+        """Whether what is found between leaves was made by a leaf that is found to be wrong itself."""
+        made = finding.port_operations
+        return finding.port in leaves and bool(made) and all(self.port.path_of(op) == finding.port for op in made)
 
     def _leaf(self, point: Point) -> Finding:
         ours = [op for op in self.port.operations if self.port.path_of(op) == point.port]
         theirs = [op for op in self.upstream.operations if self.upstream.path_of(op) == point.upstream]
         there, here = _first_unlike(theirs, ours)
-        return Finding(
+        finding = Finding(
             port=point.port,
             upstream=point.upstream,
             point=point,
@@ -104,23 +113,49 @@ class Locator:
             upstream_operations=there,
             port_operations=here,
         )
+        wrong = [(e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a]
+        if not wrong:
+            return finding
+        expected, actual = wrong[0]
+        region = walk(self._made_upstream, expected, self._known_here - {expected} | self._weights_upstream).visited
+        port_region = walk(self._made_here, actual, self._known_upstream | self._weights_here).visited
+        return replace(
+            finding,
+            expected=expected,
+            actual=actual,
+            region=tuple(region[:MOST_IN_REGION]),
+            port_region=tuple(port_region[:MOST_IN_REGION]),
+        )
 
     def _between(self, point: Point) -> list[Finding]:
         wrong = [(e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a]
         if not wrong:  # the number of tensors differs
             wrong = [(e, -1) for e in point.expected[len(point.actual) :]]
         # What a leaf was taught is known in the port from there on, but nobody there has made it.
-        taught = {number for number in point.expected if number not in self._made_here}
+        taught = {number for number in point.expected if self._is_taught(number)}
         findings: list[Finding] = []
         for expected, actual in wrong:
-            here = walk(self._made_here, actual, self._known_upstream | self.port.weights)
-            there = walk(self._made_upstream, expected, (self._known_here - taught) | self.upstream.weights)
+            here = walk(self._made_here, actual, self._known_upstream | self._weights_here)
+            there = walk(self._made_upstream, expected, (self._known_here - taught) | self._weights_upstream)
             new = [operation for operation in here.frontier if not self._is_echo(operation)]
             if new or not here.frontier:
                 found = self._blame(point, actual, replace(here, frontier=new), there)
-                findings += [replace(finding, expected=expected, actual=actual) for finding in found]
+                made = [replace(finding, expected=expected, actual=actual) for finding in found]
+                findings += [self._where_both_are(finding) for finding in made]
             self._took_for.setdefault(actual, expected)
         return findings
+
+    def _where_both_are(self, finding: Finding) -> Finding:
+        """Where only another value is read: the node that holds both the reader and the leaf that it should read."""
+        if finding.port_operations or finding.upstream_operations or finding.point.where is Where.OUTPUT:
+            return finding
+        maker = next((c.path for c in self.port.calls if finding.expected in c.outputs and c.path in self.pairing), "")
+        shared = common_path(finding.point.port, maker)
+        return replace(finding, port=shared) if len(shared) > len(finding.port) else finding
+
+    def _is_taught(self, number: int) -> bool:
+        made = self._made_here.get(number)
+        return made is None or (made.name in RESHAPES and all(map(self._is_taught, made.inputs)))
 
     def _is_echo(self, operation: Operation) -> bool:
         """Whether it does what upstream does, with a value that an earlier fault has put in the place of another."""
@@ -130,7 +165,7 @@ class Locator:
             for other in self.upstream.operations
         )
 
-    def _blame(self, point: Point, actual: int, here: "Walk", there: "Walk") -> list[Finding]:
+    def _blame(self, point: Point, actual: int, here: Walk, there: Walk) -> list[Finding]:
         upstream = self.upstream.path_of(there.frontier[0]) if there.frontier else self._upstream_place(point)
         made = Finding(
             port="",
@@ -141,14 +176,17 @@ class Locator:
             region=tuple(there.visited[:MOST_IN_REGION]),
             port_region=tuple(here.visited[:MOST_IN_REGION]),
         )
+        behind = passes_on(here, there)
+        if behind is not None:
+            return [self._missing_at(made, behind, "" if point.where is Where.OUTPUT else point.port)]
         findings: list[Finding] = []
         by_path: dict[str, list[Operation]] = {}
         for operation in here.frontier:
-            skipped = self._skipped_before(operation, there) if _only_lacks(here, there) else None
+            skipped = self._skipped_before(operation, there) if only_lacks(here, there) else None
             if skipped is not None:
                 findings.append(self._missing_at(made, skipped, self.port.path_of(operation)))
             else:
-                by_path.setdefault(self._path_to_blame(operation), []).append(operation)
+                by_path.setdefault(self._path_to_blame(self._user_of(operation, here)), []).append(operation)
         if not here.frontier:
             findings.append(self._missing_at(made, actual, "" if point.where is Where.OUTPUT else point.port))
         for path, operations in by_path.items():
@@ -165,6 +203,15 @@ class Locator:
                 )
             )
         return findings
+
+    def _user_of(self, operation: Operation, here: Walk) -> Operation:
+        """What reads a value that a leaf only puts into shape at its end: the leaf itself was found right."""
+        while operation.name in RESHAPES and self.port.path_of(operation) in self.pairing:
+            after = next((op for op in here.visited if set(op.inputs) & set(operation.outputs)), None)
+            if after is None:
+                break
+            operation = after
+        return operation
 
     def _path_to_blame(self, operation: Operation) -> str:
         """The node that runs an operation, unless it was given the output of a leaf that holds wrong weights."""
@@ -194,7 +241,7 @@ class Locator:
         upstream = self._unpaired_module(there) or made.upstream
         return replace(made, port=path, suspects=suspects, upstream=upstream, passed_on=actual)
 
-    def _skipped_before(self, operation: Operation, there: "Walk") -> int | None:
+    def _skipped_before(self, operation: Operation, there: Walk) -> int | None:
         """The value that upstream changes before the very same operation; None if it does not."""
         if not there.frontier:
             return None
@@ -215,14 +262,15 @@ class Locator:
     def _missing(self, consumer: str, actual: int, there: list[Operation]) -> tuple[str, tuple[str, ...]]:
         """The node through which a value passes that upstream changes on the way."""
         consumed = {number for op in there for number in op.inputs} - self.upstream.weights
+        same = self._shaped(actual)
         through = [
             call
             for call in self.port.calls
-            if actual in call.outputs and set(call.inputs) & consumed and call.parent >= 0
+            if same & set(call.outputs) and set(call.inputs) & consumed and call.parent >= 0
         ]
-        joined = [op for op in there if actual in op.inputs and op.name in _JOINING and len(set(op.inputs)) > 1]
-        changed = [call.path for call in through if actual not in call.inputs]
-        unchanged = [call.path for call in through if actual in call.inputs]
+        joined = [op for op in there if same & set(op.inputs) and op.name in _JOINING and len(set(op.inputs)) > 1]
+        changed = [call.path for call in through if not same & set(call.inputs)]
+        unchanged = [call.path for call in through if same & set(call.inputs)]
         paths = [*changed, *unchanged] if joined else [*unchanged, *changed]
         if paths:
             return paths[0], tuple(dict.fromkeys(paths[1:]))
@@ -234,6 +282,16 @@ class Locator:
         made = [call.path for call in self.port.calls if actual in call.outputs and actual not in call.inputs]
         suspects = tuple(path for path in made[-1:] if path and path not in self.pairing)
         return (common_path(consumer, maker) if maker else consumer), suspects
+
+    def _shaped(self, number: int) -> set[int]:
+        """A value and what it is in other shapes."""
+        same = {number}
+        reshapes = [op for op in self.port.operations if op.name in RESHAPES]
+        for operations in (reshapes, reshapes[::-1]):
+            for operation in operations:
+                if same & {*operation.inputs, *operation.outputs}:
+                    same.update(one for one in (*operation.inputs, *operation.outputs) if one is not None)
+        return same
 
     def _unpaired_module(self, there: list[Operation]) -> str:
         """The largest module of upstream around the frontier none of whose leaves the port has."""
@@ -274,78 +332,6 @@ class Locator:
         if call is not None:
             return call.path
         return self.port.path_of(operation) if operation is not None else ""
-
-
-def common_path(first: str, second: str) -> str:
-    """The path of the innermost node that holds two others."""
-    shared: list[str] = []
-    for a, b in zip(first.split("."), second.split("."), strict=False):
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)
-
-
-def producers(trace: Trace) -> dict[int, Operation]:
-    """Number of a value → the first operation that made it of other ones."""
-    found: dict[int, Operation] = {}
-    for operation in trace.operations:
-        for number in operation.outputs:
-            if number is not None and number not in operation.inputs:
-                found.setdefault(number, operation)
-    return found
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The way back from a value to values that the other side knows."""
-
-    frontier: list[Operation]
-    """The operations that made unknown values out of known ones."""
-    visited: list[Operation]
-    """All operations on the way, in order."""
-
-
-def walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
-    """The way back from a value.
-
-    Receives:
-        made: from `producers`.
-        start: the number of the value.
-        known: where to stop.
-    """
-    if start in known:
-        return Walk([], [])
-    frontier: dict[int, Operation] = {}
-    visited: dict[int, Operation] = {}
-    waiting, seen = [start], {start}
-    while waiting:
-        operation = made.get(waiting.pop())
-        if operation is None:
-            continue
-        visited[operation.index] = operation
-        unknown = [number for number in operation.inputs if number not in known]
-        if not unknown:
-            frontier[operation.index] = operation
-        for number in unknown:
-            if number not in seen:
-                seen.add(number)
-                waiting.append(number)
-    return Walk([frontier[i] for i in sorted(frontier)], [visited[i] for i in sorted(visited)])
-
-
-_SHAPES = frozenset(
-    {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "clone", "slice"}
-)
-
-
-def _only_lacks(here: Walk, there: Walk) -> bool:
-    """Whether the port does nothing that upstream does not do as well: else it computes in a way of its own."""
-    ours, theirs = (
-        Counter(op.name for op in side.visited if op.name.removeprefix("aten.") not in _SHAPES)
-        for side in (here, there)
-    )
-    return ours <= theirs
 
 
 _Operations = tuple[Operation, ...]

@@ -19,9 +19,9 @@ from torch import Tensor
 from refiners.parity import rounding
 from refiners.parity.bits import same_bits
 from refiners.parity.fingerprint import Sketch, sketch
-from refiners.parity.localise import producers
 from refiners.parity.operations import Operation, Slot, Trace, draws, fill_template, tensors_in
 from refiners.parity.torch_state import default_dtype
+from refiners.parity.ways import producers
 
 MOST_ELEMENTS = 1 << 24
 """Of all values of a program together; larger ones are not run again."""
@@ -239,7 +239,7 @@ def is_close(made: Tensor, right: Tensor) -> bool:
     """Whether no element of a value is further from the one that is sought than rounding allows."""
     if made.numel() != right.numel():
         return False
-    made, right = _wide(made).flatten(), _wide(right).flatten()
+    made, right = (_wide(t if t.is_floating_point() else t.to(torch.float64)).flatten() for t in (made, right))
     ordinary = right.isfinite() & (right.abs() < HUGE)
     if not torch.equal(made[~ordinary], right[~ordinary]):
         return False

@@ -161,16 +161,19 @@ class Teacher:
     def _hooks(self, path: str, upstream: str, points: list[Point]) -> tuple[Callable[..., Any], Callable[..., Any]]:
         lessons = self.calls.get(upstream, [])
         count = 0
+        has_other_size = False
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            nonlocal count
+            nonlocal count, has_other_size
             count += 1
+            has_other_size = False
             if count > len(lessons):
                 return None
             given, right = (args, kwargs), lessons[count - 1].received
             # A leaf may be told by other means than upstream's, as a table of positions is by ids or by nothing at
             # all. What it returns is compared all the same.
-            if _is_alike(given, right):
+            has_other_size = _has_other_size(given, right)
+            if has_other_size or _is_alike(given, right):
                 points.append(self._compare(Where.RECEIVES, (path, upstream, count - 1), given, right))
             with _undispatched():
                 return _replaced(given, right)
@@ -178,10 +181,15 @@ class Teacher:
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if count > len(lessons):
                 return None
-            point = self._compare(Where.RETURNS, (path, upstream, count - 1), output, lessons[count - 1].returned)
+            right, judged = lessons[count - 1], output
+            if has_other_size:  # what it returned says nothing about it: it is asked again
+                with _undispatched():
+                    again = _asked(module, right.received)
+                    judged = right.returned if again is None else again
+            point = self._compare(Where.RETURNS, (path, upstream, count - 1), judged, right.returned)
             points.append(point)
             with _undispatched():
-                return None if point.agrees else _replaced(output, lessons[count - 1].returned)
+                return None if point.agrees and not has_other_size else _replaced(output, right.returned)
 
         return enter, leave
 
@@ -218,7 +226,7 @@ class Teacher:
     def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
         """Numbers of the port's tensors in upstream's shapes: leaves may flatten the axes they do not look at."""
         shaped = [
-            tensor.reshape(other.shape) if tensor.numel() == other.numel() else tensor
+            _in_layout(tensor, other.shape) if tensor.numel() == other.numel() else tensor
             for tensor, other in zip(actual, expected, strict=False)
         ]
         return tuple(self.values.number_of(tensor) for tensor in (*shaped, *actual[len(shaped) :]))
@@ -257,10 +265,45 @@ def _is_alike(given: Any, right: list[Tensor]) -> bool:
     )
 
 
+def _asked(leaf: nn.Module, received: list[Tensor]) -> Any:
+    """What a leaf makes of what upstream's received; None where it does not take it."""
+    try:
+        with torch.no_grad():
+            return leaf.forward(*(tensor.clone() for tensor in received))
+    except Exception:  # it takes more than tensors, or other ones
+        return None
+
+
+def _in_layout(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor in another shape; with its channels at the other end, where that is what tells the shapes apart.
+
+    A convolution of 1x1 is a linear layer on rows of pixels: one has the channels at axis 1, the other at the end.
+    """
+    own = tensor.shape
+    if own == shape or min(len(own), len(shape)) < 3 or own[-1] == shape[-1]:
+        return tensor.reshape(shape)
+    if own[1] == shape[-1]:
+        return tensor.movedim(1, -1).reshape(shape)
+    if own[-1] == shape[1]:
+        return tensor.reshape(own[0], *shape[2:], own[-1]).movedim(-1, 1).contiguous()
+    return tensor.reshape(shape)
+
+
+def _has_other_size(given: Any, right: list[Tensor]) -> bool:
+    """Whether a leaf receives floating tensors of another size, which it cannot be taught."""
+    actual = tensors_in(given)
+    floating = all(tensor.is_floating_point() for tensor in (*actual, *right))
+    return (
+        floating
+        and len(actual) == len(right)
+        and any(t.numel() != r.numel() for t, r in zip(actual, right, strict=True))
+    )
+
+
 def _replaced(given: Any, right: list[Tensor]) -> Any:
     """The same nesting with upstream's tensors; None, which hooks take for no change, where they do not fit."""
     if not _is_alike(given, right):
         return None
     actual = tensors_in(given)
-    waiting = iter([r.clone().reshape(t.shape) for t, r in zip(actual, right, strict=True)])
+    waiting = iter([_in_layout(r.clone(), t.shape) for t, r in zip(actual, right, strict=True)])
     return map_tensors(given, lambda _: next(waiting))

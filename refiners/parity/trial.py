@@ -18,6 +18,9 @@ from torch import Tensor
 from refiners.parity.replay import HUGE, Edit, Program, is_close
 
 MOVED_BY = 0.3
+"""How far an element is moved, about: a share of it."""
+_MIXING = (-4658895280553007687, -7723592293110705685)
+_BITS = (1 << 53) - 1
 
 _UNTIL: ContextVar[tuple[float, float]] = ContextVar("until", default=(math.inf, math.inf))
 
@@ -86,7 +89,7 @@ def redrawn(port: Program, upstream: Program) -> tuple[Program, Program] | None:
     given = {**port.given, **upstream.given}
     varies = _Varies(port, upstream)
     fresh = {
-        number: _moved(tensor, number)
+        number: _moved(tensor)
         for number, tensor in given.items()
         if tensor.is_floating_point() and varies(number) and number not in port.made and number not in upstream.made
     }
@@ -101,11 +104,18 @@ def redrawn(port: Program, upstream: Program) -> tuple[Program, Program] | None:
     return (one, two) if first is port else (two, one)
 
 
-def _moved(tensor: Tensor, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(number & 0xFFFFFF)
-    factor = 1 + MOVED_BY * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+def _moved(tensor: Tensor) -> Tensor:
+    """Each element times a factor that is read from its own bits.
+
+    So pieces of one tensor, and a tensor that is joined of others, move alike on both sides: a port may hold in one
+    weight what upstream holds in three.
+    """
     wide = tensor.to(torch.float64)
-    return torch.where(wide.abs() < HUGE, wide * factor.to(wide.device), wide)
+    mixed = wide.abs().contiguous().view(torch.int64)
+    for factor in _MIXING:
+        mixed = (mixed ^ (mixed >> 29)) * factor
+    uniform = ((mixed >> 11) & _BITS).to(torch.float64) / _BITS
+    return torch.where(wide.abs() < HUGE, wide * (1 + MOVED_BY * (4 * uniform - 2)), wide)
 
 
 class _Varies:

@@ -5,6 +5,7 @@ differs. Values that are equal in float64 end the walk. Below, there is another 
 few, an exchange, or, where nothing is alike, one expression in place of another. Of all ways the cheapest is told.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from refiners.parity.operations import Operation
 from refiners.parity.replay import Program, is_same
 
 _COMMUTES = frozenset({"aten.add", "aten.mul", "aten.maximum", "aten.minimum"})
+_JOINS = frozenset({"aten.cat", "aten.stack"})
 _MOVES = frozenset(
     {"clone", "contiguous", "_unsafe_view", "view", "expand", "_to_copy", "unsqueeze", "squeeze", "alias"}
 )
@@ -29,7 +31,7 @@ class Other:
     """One difference between two programs."""
 
     kind: str
-    """`arguments`, `missing`, `extra` or `instead`."""
+    """`arguments`, `order`, `missing`, `extra` or `instead`."""
     port: Operation | int | None = None
     """The operation, or the number of a value."""
     upstream: Operation | int | None = None
@@ -39,6 +41,8 @@ class Other:
     price: float = 0.0
     through: int = -1
     """Of an operation that is missing: the number of the value that it changes, on upstream's side."""
+    order: tuple[int, ...] = ()
+    """Of tensors that are joined: their places in the port, in upstream's order."""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -106,9 +110,30 @@ class _Walk:
         apart = plain_arguments(here) != plain_arguments(there)
         if apart and is_move(here):
             apart = False  # the shape is another because what it was made of is
-        own = [self._other("arguments", here, there, _price(here, ARGUMENTS))] if apart else []
+        own = [self._argument(here, there)] if apart else []
+        if here.name in _JOINS and (order := self._order(here, there)):
+            own.append(replace(self._other("order", here, there, ARGUMENTS), order=order))
+            return [_way(own)]
         orders = [there.inputs, there.inputs[::-1]] if here.name in _COMMUTES else [there.inputs]
         return [_way(own, *(self.way(a, b) for a, b in zip(here.inputs, order, strict=True))) for order in orders]
+
+    def _argument(self, here: Operation, there: Operation) -> Other:
+        other = self._other("arguments", here, there, _price(here, ARGUMENTS))
+        given, right = plain_arguments(here), plain_arguments(there)
+        unlike = tuple(
+            (name, repr(right.get(name))) for name in {**given, **right} if given.get(name) != right.get(name)
+        )
+        return replace(other, key=(*other.key, unlike))  # one line may do the same along several axes
+
+    def _order(self, here: Operation, there: Operation) -> tuple[int, ...]:
+        """The places of upstream's tensors among the port's, where they are the same in another order; else nothing."""
+        ours = [self.port.sketches[number] for number in here.inputs]
+        found: list[int] = []
+        for number in there.inputs:
+            right = self.upstream.sketches[number]
+            free = (place for place, one in enumerate(ours) if place not in found and is_same(one, right))
+            found += itertools.islice(free, 1)
+        return tuple(found) if len(found) == len(ours) and found != sorted(found) else ()
 
 
 def _way(own: Iterable[Other], *others: _Way) -> _Way:
@@ -130,9 +155,8 @@ def _passing(program: Program, operation: Operation, root: int) -> list[int]:
 def plain_arguments(operation: Operation) -> dict[str, object]:
     """The arguments of an operation that are no tensors, those left out too."""
     found = flow.arguments(operation)
-    if "scaled_dot_product" in operation.name and found.get("scale") is None:
-        found["scale"] = float(operation.tensors[0][1][-1] ** -0.5)
-    return found
+    scale = flow.default_scale(operation)
+    return {**found, "scale": scale} if scale is not None and found.get("scale") is None else found
 
 
 def is_move(operation: Operation) -> bool:
