@@ -51,22 +51,22 @@ class Climbing(fl.Chain):
         return super().forward(*args)
 
 
-class Logging(fl.Chain):
-    """Copies a list that is longer the deeper it lies.
+class Counting(fl.Chain):
+    """Counts for longer the deeper it lies.
 
-    In one call of C: where a chunk of CPython's stack ends, every call of Python costs a system call, and depths that
-    happen to meet it look slow.
+    In one call of C that takes no memory: where a chunk of CPython's stack ends, every call of Python costs a system
+    call, and so do large blocks of memory at some sizes, so that depths which happen to meet either look slow.
     """
 
-    log: ClassVar[list[Any]] = []
+    depth: ClassVar[int] = 0
 
     def forward(self, *args: Any) -> Any:
-        before = Logging.log
-        Logging.log = before + [self] * 500
+        Counting.depth += 1
+        sum(range(100 * Counting.depth))
         try:
             return super().forward(*args)
         finally:
-            Logging.log = before
+            Counting.depth -= 1
 
 
 class Copying(fl.Chain):
@@ -118,8 +118,8 @@ def attach_and_print(subject: tuple[Any, Any]) -> None:
 TIMED: dict[str, Callable[[], Contest]] = {
     "flat": lambda: framework.against_sequential(subjects.flat, 0.85, Careful),
     "binary": lambda: framework.against_sequential(subjects.binary, 1.05, Careful),
-    "spine": lambda: framework.against_sequential(subjects.spine, 1.05, Logging),
-    "depth": lambda: framework.forward_by_depth(Logging),
+    "spine": lambda: framework.against_sequential(subjects.spine, 1.05, Counting),
+    "depth": lambda: framework.forward_by_depth(Counting),
     "append": lambda: framework.append(Naming, n=150),
     "inject_and_eject": lambda: framework.inject_and_eject(Searching, n=250),
     "loras": lambda: framework.attach(attach_and_search, n=400),
