@@ -167,13 +167,20 @@ def test_a_ready_unet_against_diffusers(record: Record, folder: Path) -> None:
     def theirs() -> object:
         return UNet2DConditionModel.from_pretrained(folder / "unet")
 
-    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=2.0))
+    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=1.5))
 
 
 @only_on_linux
 def test_peak_of_loading_and_reading_a_unet_for_each_byte_of_its_weights(tell: Tell, folder: Path) -> None:
+    tell(exact(peak_of_unet(folder), limit=1.05, unit="×"))
+
+
+def peak_of_unet(folder: Path, load: str = LOAD_UNET) -> float:
     weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    found = memory_of(
-        "from pathlib import Path\nfrom benchmarks.test_loading import load_unet", LOAD_UNET.format(path=str(folder))
-    )
-    tell(exact(found.peak / weights, limit=1.05, unit="×", weights=weights))
+    prepare = "from pathlib import Path\nfrom benchmarks.test_loading import load_unet"
+    return memory_of(prepare, load.format(path=str(folder))).peak / weights
+
+
+@only_on_linux
+def test_a_unet_that_is_copied_has_twice_the_peak(folder: Path) -> None:
+    assert peak_of_unet(folder, LOAD_UNET + "copies = [p.clone() for p in model.parameters()]") > 1.9

@@ -1,8 +1,7 @@
 """Edits of a tree that are all done, or none of them.
 
-Each primitive edit tells how to undo itself, before it is done. Inside `transaction()`, or a function that is
-`all_or_nothing`, these notes are kept, and an exception plays them back, so that a failing injection of many adapters
-leaves the tree as it was.
+Each primitive edit tells how to undo itself, before it is done. In a function that is `all_or_nothing` these notes are
+kept, and an exception plays them back, so that a failing injection of many adapters leaves the tree as it was.
 
 An interrupt (Ctrl-C) may come between any two steps of Python, so also while edits are undone. An undo that it has cut
 short is played once more, which is why each of them may be played twice. No Python code can catch an interrupt on the
@@ -12,7 +11,6 @@ of it is inside of a `try`.
 
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -70,29 +68,6 @@ def all_or_nothing(act: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return call
-
-
-def transaction() -> AbstractContextManager[None]:
-    """Undo all edits made inside, newest first, if an exception leaves it. Inner transactions join the outer one."""
-    return _Transaction() if _journal.undos is None else _JOINED
-
-
-class _Transaction(AbstractContextManager[None]):
-    def __enter__(self) -> None:
-        _begin()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                _commit()
-        finally:
-            try:
-                _undo_all()
-            finally:
-                _undo_all()
-
-
-_JOINED = nullcontext()
 
 
 def note_values(tensors: Iterable[Tensor]) -> None:

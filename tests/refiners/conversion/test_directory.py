@@ -289,6 +289,14 @@ def test_every_layout_is_opened_and_loaded(layout: str, tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in half.parameters())
 
 
+def test_a_part_that_is_loaded_twice_gives_two_models(tmp_path: Path) -> None:
+    model = open_directory(write_folder(tmp_path / "in"), BUNDLES)
+    half, whole = model.load("net", dtype=torch.float16), model.load("net")
+    assert half is not whole
+    assert {weight.dtype for weight in half.state_dict().values()} == {torch.float16}
+    assert same(dict(whole.state_dict()), expected()["net"])
+
+
 def test_loaded_weights_of_a_file_are_mapped_and_not_copied(tmp_path: Path) -> None:
     convert_directory(write_folder(tmp_path / "in"), tmp_path / "out", BUNDLES)
     module = open_directory(tmp_path / "out", BUNDLES).load("net")

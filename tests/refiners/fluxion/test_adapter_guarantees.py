@@ -14,7 +14,7 @@ import refiners.fluxion.layers as fl
 from refiners.errors import AdapterError
 from refiners.fluxion.context import Contexts
 from refiners.fluxion.layers.adapter import lookup_top_adapter
-from refiners.fluxion.layers.journal import transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from tests.refiners.fluxion.toys import Deep, Instead, Plus, Wrap, model, state
 
 # --- shared leaves -----------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ def test_injections_in_one_transaction_are_all_done_or_none() -> None:
     before = state(root)
     adapters = [Plus(linear) for linear in root.layers(fl.Linear)]
 
+    @all_or_nothing
     def inject_all() -> None:
-        with transaction():
-            for adapter in (*adapters, Plus(fl.Linear(2, 2))):
-                adapter.inject(root)
+        for adapter in (*adapters, Plus(fl.Linear(2, 2))):
+            adapter.inject(root)
 
     with pytest.raises(AdapterError, match="not in"):
         inject_all()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import refiners.fluxion.layers as fl
-from refiners.fluxion.layers.journal import all_or_nothing, transaction
+from refiners.fluxion.layers.journal import all_or_nothing
 from tests.refiners.fluxion.interrupts import interrupted_at
 
 
@@ -27,15 +27,15 @@ def test_a_transaction_undoes_all_its_edits_when_it_fails() -> None:
     other = fl.Chain(fl.Chain())
     before, before_other = picture(root), picture(other)
 
+    @all_or_nothing
     def fail_half_way() -> None:
-        with transaction():
-            root.append(other[0])
-            root.pop(0)
-            root.insert(0, fl.Sin())
-            root.replace(root[1], fl.Cos())
-            root.remove(root[0])
-            root.append(fl.Linear(1, 1))
-            raise KeyError
+        root.append(other[0])
+        root.pop(0)
+        root.insert(0, fl.Sin())
+        root.replace(root[1], fl.Cos())
+        root.remove(root[0])
+        root.append(fl.Linear(1, 1))
+        raise KeyError
 
     with pytest.raises(KeyError):
         fail_half_way()
@@ -45,20 +45,23 @@ def test_a_transaction_undoes_all_its_edits_when_it_fails() -> None:
 
 def test_a_transaction_that_succeeds_keeps_its_edits() -> None:
     root = three()
-    with transaction():
+
+    @all_or_nothing
+    def edit() -> None:
         root.pop(0)
-        with transaction():
-            root.append(fl.Sin())
+        all_or_nothing(root.append)(fl.Sin())
+
+    edit()
     assert kinds(root) == ["ReLU", "SiLU", "Sin"]
 
 
 def test_a_transaction_is_undone_on_keyboard_interrupt() -> None:
     root = three()
 
+    @all_or_nothing
     def interrupted() -> None:
-        with transaction():
-            root.pop(0)
-            raise KeyboardInterrupt
+        root.pop(0)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
@@ -67,11 +70,19 @@ def test_a_transaction_is_undone_on_keyboard_interrupt() -> None:
 
 def test_a_failed_inner_transaction_that_is_caught_keeps_the_outer_edits() -> None:
     root = three()
-    with transaction():
+
+    @all_or_nothing
+    def fail() -> None:
+        raise KeyError
+
+    @all_or_nothing
+    def edit() -> None:
         root.pop(0)
-        with pytest.raises(KeyError), transaction():
-            raise KeyError
+        with pytest.raises(KeyError):
+            fail()
         root.append(fl.Sin())
+
+    edit()
     assert kinds(root) == ["ReLU", "SiLU", "Sin"]
 
 
@@ -108,8 +119,7 @@ def test_an_interrupt_at_any_step_of_what_is_all_or_nothing_undoes_all_of_it() -
 def test_after_an_interrupt_the_next_transaction_is_one_of_its_own() -> None:
     root = three()
     assert interrupted_at(5, lambda: edited_in_vain(root))
-    with transaction():
-        root.pop(0)
+    all_or_nothing(root.pop)(0)
     with pytest.raises(Fault):
         edited_in_vain(root)
     assert kinds(root) == ["ReLU", "SiLU"]
