@@ -334,8 +334,9 @@ CASES = (
     ),
     case(
         "no-attention",
-        "one size, no attention, grey pictures, no convolution before the decoder",
+        "one size, no attention, grey pictures, no convolution before the decoder; SiLU by its other name",
         partial(draw, channels=1),
+        act_fn="swish",
         block_out_channels=(8,),
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),

@@ -365,7 +365,7 @@ add(MATCHING, "flow-euler-spaced", "σ spaced by themselves", {"use_exponential_
 
 # A denoiser that computes in another dtype than the sample has.
 FLOAT32: dict[str, Any] = {"prediction": torch.float32}
-add(UNIPC, "unipc-mixed", "predictions in float32", SD, **FLOAT32)
+add(UNIPC, "unipc-mixed", "predictions in float32, cut off at a threshold", SD, THRESHOLDING, **FLOAT32)
 add(DPM, "dpm-2m-mixed", "predictions in float32", SD, SDE, **FLOAT32, stochastic=True)
 add(SINGLE, "dpm-2s-mixed", "predictions in float32", SD, **FLOAT32)
 add(EULER, "euler-mixed", "predictions in float32", SD, **FLOAT32)

@@ -376,8 +376,8 @@ CASES = (
     ),
     case(
         "no-middle",
-        "no middle; a class that is added as it is; eps 1e-3",
-        {**TINY, "mid_block_type": None, "class_embed_type": "identity", "norm_eps": 1e-3},
+        "no middle; a class that is added as it is; eps 1e-3; SiLU by its other name",
+        {**TINY, "mid_block_type": None, "class_embed_type": "identity", "norm_eps": 1e-3, "act_fn": "swish"},
         partial(with_class, labels=lambda generator: torch.randn(2, 64, generator=generator)),
         lanes=NO_FLOAT16,
     ),

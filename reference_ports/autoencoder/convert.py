@@ -20,7 +20,7 @@ from reference_ports.autoencoder.model import (
 )
 from reference_ports.autoencoder.scaling import LatentScaling
 from reference_ports.autoencoder.tiny import AutoencoderTiny
-from reference_ports.blocks.activations import ACTIVATIONS
+from reference_ports.blocks.activations import ACTIVATIONS, NAMES_OF_SILU
 from refiners.conversion import DIFFUSERS_NEUTRAL, ConfigReader, KeyMap, Port
 from refiners.errors import ConversionError
 
@@ -111,7 +111,6 @@ TINY_KEYS = tiny_keys((1, 3, 3, 3), (3, 3, 3, 1))
 KEY_MAPS = {"autoencoder": KEYS, "autoencoder-tiny": TINY_KEYS}
 
 _SIZE = "the size of the pictures it was trained on"
-_ONLY: Mapping[str, Any] = {"act_fn": "silu"}
 _TINY_ONLY: Mapping[str, Any] = {"upsample_fn": "nearest", "force_upcast": False}
 _TINY_NEUTRAL: Mapping[str, str] = {
     **DIFFUSERS_NEUTRAL,
@@ -144,7 +143,8 @@ def kl_from_config(config: Mapping[str, Any], **factory: Unpack[fl.Factory]) -> 
     Raises:
         ConversionError: the configuration has attributes, or values of them, that the port does not handle. Lists all.
     """
-    with ConfigReader(config, "AutoencoderKL", only=_ONLY, neutral=DIFFUSERS_NEUTRAL) as read:
+    with ConfigReader(config, "AutoencoderKL", neutral=DIFFUSERS_NEUTRAL) as read:
+        read.choice("act_fn", NAMES_OF_SILU, "silu")
         channels = read.integers("block_out_channels", (64,))
         _blocks(read, "down_block_types", "DownEncoderBlock2D", len(channels))
         _blocks(read, "up_block_types", "UpDecoderBlock2D", len(channels))

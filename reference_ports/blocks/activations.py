@@ -88,3 +88,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 """Upstream's name (`hidden_act`) → how to build it."""
+
+NAMES_OF_SILU: Mapping[str, Callable[[], nn.Module]] = {name: ACTIVATIONS[name] for name in ("silu", "swish")}
+"""What diffusers calls the one activation of the models that have no other."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import refiners.fluxion.layers as fl
+from reference_ports.blocks.activations import NAMES_OF_SILU
 from reference_ports.unet.embeddings import (
     ClassEmbedding,
     TextTimeEmbedding,
@@ -32,7 +33,6 @@ _ONLY: Mapping[str, Any] = {
     "freq_shift": 0,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
-    "act_fn": "silu",
     "num_attention_heads": None,
     "dual_cross_attention": False,
     "resnet_time_scale_shift": "default",
@@ -93,6 +93,7 @@ class UNetConfig:
             self.num_groups = read.integer("norm_num_groups", 32)
             self.norm_eps = read.number("norm_eps", 1e-5)
             self.is_linear = read.flag("use_linear_projection", False)
+            read.choice("act_fn", NAMES_OF_SILU, "silu")
             self._read_stages(read)
             self._read_embeddings(read)
 

@@ -85,6 +85,7 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
         numbers: that are tried as well.
     """
     yield from _tiled(program)
+    yield from _reduced(program, numbers)
     tried = 0
     for group in _groups(program):
         operation = group[0]
@@ -118,6 +119,35 @@ def _tiled(program: Program) -> Iterator[Candidate]:
         "(`repeat_interleave`): here all of them are in turn, as 0 1 0 1"
     )
     yield Candidate(text, _everywhere(same, one_by_one), (tiled[0].name, axis))
+
+
+def _reduced(program: Program, numbers: set[bool | int | float]) -> Iterator[Candidate]:
+    """A mean is of another number of values: of each head by itself, or of all heads together."""
+    sizes = {number for number in numbers if type(number) is int}
+    for group in _groups(program):
+        first, arguments = group[0], group[0].template[0]
+        if first.name != "aten.mean" or len(arguments) < 3 or not arguments[2] or len(arguments[1]) != 1:
+            continue
+        shape = first.tensors[0][1]
+        axis = arguments[1][0] % len(shape)
+        if axis != len(shape) - 1:
+            continue
+        text = f"when in `mean` at {first.source} the mean is of {{}} values, not of {shape[-1]}: {{}}"
+        for other in range(1, len(shape) - 1):
+            told = text.format(shape[other] * shape[-1], f"axes {other} and {axis} together, as all heads")
+            axes = _with((0, 1), [other, axis])
+            yield Candidate(told, _everywhere(group, axes), (first.name, str(first.source), other))
+        for size in sorted(one for one in sizes if 1 < one < shape[-1] and shape[-1] % one == 0):
+            told = text.format(size, "each part of the last axis by itself, as head by head")
+            yield Candidate(told, _everywhere(group, _in_parts(size)), (first.name, str(first.source), -size))
+
+
+def _in_parts(size: int) -> Change:
+    def change(operation: Operation, given: list[Tensor]) -> Tensor:
+        parts = given[0].unflatten(-1, (-1, size))
+        return parts.mean(-1).repeat_interleave(size, dim=-1)
+
+    return change
 
 
 def residual(operations: Sequence[Operation], what: str) -> str:

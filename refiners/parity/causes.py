@@ -48,8 +48,8 @@ MOST_TOLD = 3
 ONLY_ROUNDING = "within rounding: in float64 both sides compute the same here, and differ in an order or a cast"
 """Of a value that both sides make alike."""
 
-SECONDS = 5.0
-"""Of the processor, for the changes that are tried on one difference."""
+SECONDS = 2.5
+"""Of the processor, for the changes that are tried on one difference; a third as much for each search behind it."""
 
 FAR = 1000.0
 """How far apart values must be, in units of rounding, for a change to be told that brings them together coarsely."""
@@ -76,7 +76,7 @@ def why(port: Program, upstream: Program, until: float = math.inf, *, only_point
     searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), pointer)
     for search in searches:
         try:
-            with limited(until, SECONDS if search is _why else SECONDS / 2):
+            with limited(until, SECONDS if search is _why else SECONDS / 3):
                 told = search(trial)
         except Exception:  # the same, or the end of the time
             told = ""

@@ -29,6 +29,10 @@ MOST_PIECES = 6
 MOST_PLACES = 6
 
 
+Fruitless = dict[tuple[str, ...], float]
+"""Lines of code of both sides → the seconds that it took to find no cause in them."""
+
+
 @dataclass
 class Session:
     """Two models that were taken apart, and all that is needed to run them again."""
@@ -43,14 +47,16 @@ class Session:
     port_trace: Trace
     deadline: float
     run_upstream: Run | None = None
-    fruitless: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
+    fruitless: Fruitless = field(default_factory=dict[tuple[str, ...], float])
     """Lines of both sides in which no cause was found."""
+    settled: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
+    """The places that came right with the last hypothesis that held."""
     _disagreeing: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
 
-    def points(self) -> list[Point]:
+    def points(self, pairing: Pairing | None = None) -> list[Point]:
         """A forced run of the port as it is now, not traced."""
         points: list[Point] = []
-        with self.teacher.forcing(self.port, self.pairing, points):
+        with self.teacher.forcing(self.port, self.pairing if pairing is None else pairing, points):
             outputs = dict(self.run_port())
         return points + self.teacher.judge(outputs)
 
@@ -112,7 +118,9 @@ class Session:
     def mends(self, finding: Finding) -> bool:
         """Whether the port, as it is now, agrees where it did not, and disagrees nowhere else."""
         left = {point.place for point in self.points() if not point.agrees}
-        return finding.point.place not in left and left <= self._disagreeing
+        is_right = finding.point.place not in left and left <= self._disagreeing
+        self.settled = self._disagreeing - left if is_right else self.settled
+        return is_right
 
     def mends_leaf(self, finding: Finding) -> bool:
         """The same of a leaf alone, on what upstream's leaf received in each of its calls."""
@@ -163,9 +171,10 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
 def _cause(port: Program, upstream: Program, session: Session) -> str:
     """Why; lines of code in which nothing was found are not searched again, as in each layer of a model."""
     lines = tuple(str(op.source) for program in (port, upstream) for op in program.operations)
+    started = time.thread_time()
     told = causes.why(port, upstream, session.deadline, only_point=lines in session.fruitless)
     if not told or mending.POINTS in told:
-        session.fruitless.add(lines)
+        session.fruitless.setdefault(lines, time.thread_time() - started)
     return told
 
 

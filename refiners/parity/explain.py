@@ -22,7 +22,7 @@ from refiners.parity.bits import same_bits
 from refiners.parity.borders import Lesson, without_borders
 from refiners.parity.case import Case
 from refiners.parity.causes import ONLY_ROUNDING
-from refiners.parity.diagnose import Session, beyond_rounding, diagnose
+from refiners.parity.diagnose import Fruitless, Session, beyond_rounding, diagnose
 from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
@@ -31,6 +31,7 @@ from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leave
 from refiners.parity.localise import Finding, Locator
 from refiners.parity.operations import Trace
 from refiners.parity.precision import look_at_precision
+from refiners.parity.rearranged import rearranged
 from refiners.parity.runner import CaseRunner
 from refiners.parity.teacher import Point, Run, Teacher, Where
 from refiners.parity.torch_state import seed_torch
@@ -38,6 +39,8 @@ from refiners.parity.trace import record
 
 MANY = 3
 """More faults than this are rounding, or one that all nodes have: float64 tells."""
+LONG = 0.5
+"""Seconds of a search after which it is not made again in float64."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,13 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
         ParityError: a side cannot be built, or the weights cannot be handed over.
     """
     runner = case if isinstance(case, CaseRunner) else CaseRunner(case)
-    found = _explain_in(runner, lane, seconds, by_closeness=False)
+    fruitless: Fruitless = {}
+    found = _explain_in(runner, lane, seconds, fruitless, by_closeness=False)
     unclear = len(found.faults) > MANY or bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
     if not unclear or "float64" not in runner.case.lanes:
         return found
-    wide = _explain_in(runner, Lane("float64", lane.device), seconds, by_closeness=True)
+    long = {lines: spent for lines, spent in fruitless.items() if spent > LONG}
+    wide = _explain_in(runner, Lane("float64", lane.device), seconds, long, by_closeness=True)
     some = len(wide.faults) or "none"
     count = "1 node differs" if len(found.faults) == 1 else f"{len(found.faults)} nodes differ"
     told = f"{count} in {lane.name}, {some} by more than rounding in float64"
@@ -116,11 +121,15 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
     return clearer
 
 
-def _explain_in(runner: CaseRunner, lane: Lane, seconds: float, *, by_closeness: bool) -> Explanation:
+def _explain_in(
+    runner: CaseRunner, lane: Lane, seconds: float, fruitless: Fruitless, *, by_closeness: bool
+) -> Explanation:
     with held_equal(lane, threads=runner.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         upstream, port, _ = runner.sides(lane)
-        found = explain_sides(runner.case, lane, upstream, port, by_closeness=by_closeness, seconds=seconds)
+        found = explain_sides(
+            runner.case, lane, upstream, port, by_closeness=by_closeness, seconds=seconds, fruitless=fruitless
+        )
         if not found.faults and not by_closeness:
             seen = look_at_precision(runner.case, lane, (upstream, port), draw_inputs(runner.case))
             found.notes += seen.faults
@@ -143,6 +152,7 @@ def explain_sides(
     *,
     by_closeness: bool = False,
     seconds: float = 60.0,
+    fruitless: Fruitless | None = None,
 ) -> Explanation:
     """The same of both sides of a case that were built already, under `held_equal(lane)`."""
     ours, theirs = runs_of(case, lane, upstream, port)
@@ -155,6 +165,7 @@ def explain_sides(
         by_closeness=by_closeness,
         seed=case.seed,
         seconds=seconds,
+        fruitless=fruitless,
     )
     found.title = f"{case.id}[{lane.name}]"
     found.command = command_of(case, lane)
@@ -180,6 +191,7 @@ def explain_modules(
     by_closeness: bool = False,
     seed: int = 0,
     seconds: float = 60.0,
+    fruitless: Fruitless | None = None,
 ) -> Explanation:
     """The same of any two modules that hold the same weights.
 
@@ -190,6 +202,7 @@ def explain_modules(
         by_closeness: for float64: whether values that are close count as equal.
         seed: what torch's generators are seeded with before each run.
         seconds: after which no more hypotheses are tried.
+        fruitless: lines in which no cause was found before, which are not searched again; more are added.
     """
     started = time.monotonic()
 
@@ -219,10 +232,13 @@ def explain_modules(
         port_trace=forced,
         deadline=started + seconds,
         run_upstream=run_upstream,
+        fruitless=fruitless if fruitless is not None else {},
     )
     session.start(points)
+    moved, findings = rearranged(findings, session)
     findings = [beyond_rounding(finding, session) if finding.others else finding for finding in findings]
-    faults = _told_once([Fault(finding, *diagnose(finding, session)) for finding in findings])
+    faults = [Fault(finding, text, was_run=True) for finding, text in moved]
+    faults += _told_once(_without_consequences(findings, session))
     faults, rounded = _without_rounding(faults)
     explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
     explanation.notes += _notes(faults, free, ours, session)
@@ -239,6 +255,23 @@ def _without_rounding(faults: list[Fault]) -> tuple[list[Fault], list[str]]:
     if len(rounded) == len(faults):
         return faults, []
     return [fault for fault in faults if fault not in rounded], [fault.finding.port for fault in rounded]
+
+
+def _without_consequences(findings: list[Finding], session: Session) -> list[Fault]:
+    """The faults, but for those that come right with what mends another one, where the port was run with it."""
+    faults: list[Fault] = []
+    settled: list[set[tuple[str, str, int]]] = []
+    for finding in findings:
+        session.settled = set()
+        faults.append(Fault(finding, *diagnose(finding, session)))
+        settled.append(session.settled if faults[-1].was_run else set())
+    kept: list[int] = []
+    for number, fault in enumerate(faults):
+        places = {one.point.place for one in (fault.finding, *fault.finding.others)}
+        others = (place for place in range(len(faults)) if place in kept or (place > number and not fault.was_run))
+        if not any(places <= settled[place] for place in others):
+            kept.append(number)
+    return [faults[number] for number in kept]
 
 
 def _told_once(faults: list[Fault]) -> list[Fault]:

@@ -213,6 +213,11 @@ def rope_layouts(port: Sequence[Operation], upstream: Sequence[Operation]) -> st
     return f"when rotary positions pair {words[theirs]}: the port pairs {words[ours]}"
 
 
+def turns(operations: Sequence[Operation]) -> bool:
+    """Whether operations may turn pairs of elements."""
+    return bool(_pairs(operations))
+
+
 def _pairs(operations: Sequence[Operation]) -> str:
     names = {step.strip().removeprefix("aten.") for op in operations for step in op.name.split("→")}
     if not {"neg", "view_as_complex"} & names and not {"sub", "add", "mul"} <= names:

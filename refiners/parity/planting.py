@@ -56,9 +56,15 @@ def with_attribute(module: nn.Module, name: str, value: Any) -> Edit:
     """An attribute of the node has another value."""
 
     def edit() -> Undo:
-        before = getattr(module, name)
+        before, held = getattr(module, name), dict(module.__dict__)
         setattr(module, name, value)
-        return lambda: setattr(module, name, before)
+        changed = [key for key, value in held.items() if module.__dict__.get(key) is not value]
+
+        def undo() -> None:
+            setattr(module, name, before)
+            module.__dict__.update({key: held[key] for key in changed})  # what was made of it as well, as a tensor is
+
+        return undo
 
     return edit
 

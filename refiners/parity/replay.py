@@ -119,11 +119,23 @@ class Program:
         return {number for op in self.operations for number in op.inputs if number not in self.made} or {self.root}
 
     def run(self, edit: Edit | None = None) -> dict[int, Tensor]:
-        """Runs it with an edit: in float64, or inside of `natively` in the dtypes of the model."""
+        """Runs it with an edit: in float64, or inside of `natively` in the dtypes of the model.
+
+        In float64 what an edit does not reach is not computed again.
+        """
+        is_wide = _IS_WIDE.get()
+        known = self.values if edit is not None and is_wide else {}
         edit = edit or Edit()
         values = {number: _edited(edit.values.get(number), _wide(tensor)) for number, tensor in self.given.items()}
-        with torch.no_grad(), default_dtype(torch.float64 if _IS_WIDE.get() else torch.get_default_dtype()):
+        reached = {*edit.values}
+        readers = {*edit.changes, *(index for index, _ in edit.reads)}
+        with torch.no_grad(), default_dtype(torch.float64 if is_wide else torch.get_default_dtype()):
             for operation in self.operations:
+                numbers = (*operation.inputs, *operation.outputs)
+                if known and operation.index not in readers and reached.isdisjoint(numbers):
+                    values.update((number, known[number]) for number in operation.outputs if number in known)
+                    continue
+                reached.update(number for number in operation.outputs if number is not None)
                 reads = (edit.reads.get((operation.index, place)) for place in itertools.count())
                 given = [_edited(read, values[number]) for read, number in zip(reads, operation.inputs, strict=False)]
                 results = tensors_in(edit.changes.get(operation.index, as_it_is)(operation, given))

@@ -191,8 +191,8 @@ class LatentDiffusionModel(fl.Module):
         With a generator for each picture, each is encoded by itself.
         """
         if isinstance(generator, Sequence):
-            pairs = zip(pixels, generator, strict=True)
-            return torch.cat([self.encode(picture[None], own) for picture, own in pairs])
+            pairs = zip(pixels.split(1), generator, strict=True)
+            return torch.cat([self.encode(picture, own) for picture, own in pairs])
         pixels = pixels.to(self.device, self.dtype)
         return self.autoencoder.scale(self.draw_latents(pixels, generator))
 

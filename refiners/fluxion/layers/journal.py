@@ -11,10 +11,12 @@ of it is inside of a `try`.
 
 import threading
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,13 +76,21 @@ def note_values(tensors: Iterable[Tensor]) -> None:
     """Remember the values of tensors that are about to be written to, if a transaction is open."""
     if _journal.undos is None:
         return
-    pairs = [(values, values.clone()) for values in (tensor.detach() for tensor in tensors)]
-    note_undo(lambda: _put_back(pairs))
+    plain: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach() if tensor.requires_grad else tensor
+        if type(values) is Tensor or type(values) is Parameter:
+            plain.setdefault((values.device, values.dtype), []).append(values)
+        else:  # parts of a tensor that several processes share
+            note_undo(partial(values.copy_, values.clone()))
+    for group in plain.values():
+        # All in one piece: many small pieces of fresh memory take several times as long.
+        note_undo(partial(_put_back, group, torch.cat([values.reshape(-1) for values in group])))
 
 
-def _put_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for values, before in pairs:
-        values.copy_(before)
+def _put_back(tensors: list[Tensor], before: Tensor) -> None:
+    for values, kept in zip(tensors, before.split([values.numel() for values in tensors]), strict=True):
+        values.copy_(kept.view(values.shape))
 
 
 def _begin() -> None:
