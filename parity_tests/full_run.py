@@ -2,8 +2,9 @@
 
 Both models read the same storages, so a pair needs the memory of one. Upstream and port take turns, on one thread. For
 each size are compared the bits of the prediction, the time of a forward, and the memory that a forward needs beside the
-weights: what torch's allocator has handed out, to the byte, for what the process holds besides is a matter of chance.
-Linux only: /proc tells what is resident.
+weights: bytes of tensors that are alive, for what the process holds besides is a matter of chance. No profiler counts
+them: while one is open, all calls go through `Module.__call__`, which holds on to inputs. Linux only: /proc tells what
+is resident.
 
 Times are those of the processor, in pairs, one after the other; the median of the pairs' ratios is told, with half of
 them lying between the two numbers behind it. While times are taken the allocator keeps what is freed: else each large
@@ -12,7 +13,6 @@ tensor is mapped anew, and the kernel clears its pages, for as long as it takes 
 
 import ctypes
 import gc
-import itertools
 import os
 import statistics
 import time
@@ -25,8 +25,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.engine.watch import Watch
 from parity_tests.cases.autoencoder import FULL
 from parity_tests.cases.unet import SD1_SIZE, XL_SIZE, Config
 from reference_ports import autoencoder, unet
@@ -38,7 +38,6 @@ SLOWEST = 1.03
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h, with the values it begins with
 TRIM_AT_FIRST, MMAPS_AT_FIRST = 2**17, 2**16
 LIBC = ctypes.CDLL(None)
-MEMORY = "[memory]"  # what torch's profiler calls an allocation
 MEBIBYTE = 2**20
 
 Forward = Callable[[], Tensor]
@@ -78,13 +77,10 @@ def share_weights(upstream: nn.Module, port: nn.Module, key_map: KeyMap) -> None
 
 
 def peak_of(forward: Forward) -> int:
-    """How many bytes torch's allocator has handed out at the highest moment of a forward, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """How many bytes of tensors are alive at the highest moment of a forward, beyond those before it."""
+    with Watch() as watch:
         forward()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == MEMORY)
-    return max(itertools.accumulate(nbytes for *_, nbytes in changes))
+    return watch.peak
 
 
 @contextmanager

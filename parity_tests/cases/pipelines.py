@@ -352,6 +352,7 @@ MORE = (
         config=tiny.SD1,
         scheduler=HeunDiscreteScheduler,
     ),
+    untrained("sd1-inpainting-untrained-pillow", "", {**SIZE, **SHARE, **BATCH, "each": True}, **QUICK, inputs=images),
     editing("sd1-editing", "", VERIFIED, config={**tiny.SD1, **EIGHT}),
     consistency("sd1-consistency", "", {**SIZE, **VERIFIED}, config={**tiny.SD1, "time_cond_proj_dim": 32}),
     text("sd1-text-several", "", {**SIZE, **BATCH, **TWICE, "negative_prompt": ["ugly", ""]}, **QUICK),
