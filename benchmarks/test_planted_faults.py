@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 import refiners.fluxion.layers as fl
@@ -14,6 +15,7 @@ from benchmarks import subjects
 from benchmarks import test_framework as framework
 from benchmarks import test_import as imports
 from benchmarks import test_loading as loading
+from benchmarks import test_solvers as steps
 from benchmarks.engine.contestants import Contest
 from benchmarks.engine.figures import Verdict
 from benchmarks.engine.memory import MEBIBYTE
@@ -125,6 +127,7 @@ TIMED: dict[str, Callable[[], Contest]] = {
     "loras": lambda: framework.attach(attach_and_search, n=400),
     "seconds_of_loras": lambda: framework.seconds_of_attaching(attach_and_print),
     "reading": lambda: framework.reading(search_all, n=60),
+    "solver": lambda: steps.against(*reversed(steps.samplings(DDIMScheduler()))),  # upstream in the place of the port
     "import": lambda: imports.importing("import refiners.fluxion.layers; sum(range(10_000_000))", fewest=2),
 }
 

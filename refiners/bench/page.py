@@ -16,6 +16,7 @@ _PARTS = ("page.html.jinja", "page.css")
 TITLES = {
     "framework": "The framework beside plain PyTorch",
     "ports": "Ports beside upstream, on the same weights",
+    "solvers": "Steps of solvers beside upstream",
     "adapters": "Injected adapters",
     "cuda": "On the GPU",
     "loading": "Loading weights",
