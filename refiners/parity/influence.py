@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from refiners.parity.rounding import FLOAT64_AGREEMENT
 
@@ -73,8 +73,19 @@ def never_read(unread: Mapping[str, Collection[str]], declared: Mapping[str, str
     return [f"the port's forward never reads {some(left)}"] if left else []
 
 
+def counts_batches(model: nn.Module, key: str) -> bool:
+    """Whether an entry is a BatchNorm's count of the batches of its training: no other forward reads it."""
+    path, _, name = key.rpartition(".")
+    return name == "num_batches_tracked" and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage] (torch has no public name for all of them)
+
+
 def examine(
-    gradients: Mapping[str, Tensor | None], sizes: Mapping[str, int], declared: Mapping[str, str], *, judge: bool
+    gradients: Mapping[str, Tensor | None],
+    sizes: Mapping[str, int],
+    declared: Mapping[str, str],
+    *,
+    buffers: Collection[str] = (),
+    judge: bool,
 ) -> Influence:
     """Looks at the gradients of upstream's weights.
 
@@ -82,6 +93,7 @@ def examine(
         gradients: by upstream's keys.
         sizes: number of elements of each of those weights.
         declared: pattern → reason, the case's `without_influence`.
+        buffers: upstream's keys of what has no gradient. It may be declared, and `never_read` looks at it.
         judge: whether missing and stale declarations are faults (in float64, on informative weights).
     """
     largest = {key: float(g.abs().max()) if g is not None and g.numel() else 0.0 for key, g in gradients.items()}
@@ -90,13 +102,15 @@ def examine(
     magnitude = others[len(others) // 2] if others else 0.0
     zeros = sum(sizes[key] if g is None else int((g == 0).sum()) for key, g in gradients.items())
     share = zeros / max(1, sum(sizes[key] for key in gradients))
-    faults = _faults(largest, noise, declared, FLOAT64_AGREEMENT * magnitude) if judge else []
+    faults = _faults(largest, noise, FLOAT64_AGREEMENT * magnitude) if judge else []
+    if judge:
+        known = (*largest, *buffers)
+        unknown = [pattern for pattern in declared if not any(matches(pattern, key) for key in known)]
+        faults += [f"`{pattern}` in `without_influence` matches no weight of upstream" for pattern in unknown]
     return Influence(tuple(faults), noise, magnitude, share)
 
 
-def _faults(
-    largest: Mapping[str, float], noise: Collection[str], declared: Mapping[str, str], limit: float
-) -> list[str]:
+def _faults(largest: Mapping[str, float], noise: Collection[str], limit: float) -> list[str]:
     faults: list[str] = []
     broken = [key for key, value in largest.items() if not math.isfinite(value)]
     if broken:
@@ -110,5 +124,4 @@ def _faults(
     stale = [key for key in sorted(noise) if largest[key] > limit]
     if stale:
         faults.append(f"{some(stale)} is declared in `without_influence` but influences the outputs: the line is stale")
-    unknown = [pattern for pattern in declared if not any(matches(pattern, key) for key in largest)]
-    return faults + [f"`{pattern}` in `without_influence` matches no weight of upstream" for pattern in unknown]
+    return faults

@@ -245,7 +245,8 @@ class CaseRunner:
             if self.widened and _seems_equal(comparisons, faults, lane):
                 self._wide_traces = trace_wide(self.case, lane, models, given)
             dtypes = Precision() if faults or self.widened else look_at_precision(self.case, lane, models, given)
-            origins = weights.origins(dtypes.unread, models, self.case.key_map)
+            unread = [key for key in dtypes.unread if not influence.counts_batches(port, key)]
+            origins = weights.origins(unread, models, self.case.key_map)
             dtypes = replace(dtypes, unread=tuple(influence.never_read(origins, self.case.without_influence)))
         return _Compared(upstream, (ours, theirs), sharing, comparisons, faults, found, dtypes, neutral)
 
@@ -253,7 +254,11 @@ class CaseRunner:
         sizes = {name: parameter.numel() for name, parameter in upstream.named_parameters(remove_duplicate=False)}
         informative = self.case.weights is None and self.case.init == "informative"
         return influence.examine(
-            ours.gradients, sizes, self.case.without_influence, judge=informative and lane.is_truth
+            ours.gradients,
+            sizes,
+            self.case.without_influence,
+            buffers=[name for name, _ in upstream.named_buffers(remove_duplicate=False)],
+            judge=informative and lane.is_truth,
         )
 
     def _judge(self, lane: Lane, compared: _Compared) -> Result:
