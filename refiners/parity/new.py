@@ -33,6 +33,8 @@ _INPUTS = {
     "encoder_hidden_states": "torch.randn(2, 7, {cross_attention_dim}, generator=generator)",
     "hidden_states": "torch.randn(2, 7, {hidden_size}, generator=generator)",
 }
+_SIZES = {"num_channels": 3, "image_size": 32, "sample_size": 16}
+"""What stands for numbers that a configuration does not have: models that take pictures of any size."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Upstream:
         """The expression by which a case builds it from `CONFIG`."""
         if self.config_kind is None:
             return f"{self.kind.__name__}(**CONFIG)"
-        kernel = ', attn_implementation="sdpa"' if hasattr(self.config_kind, "_attn_implementation") else ""
+        kernel = ', attn_implementation="sdpa"' if getattr(self.kind, "_supports_sdpa", False) else ""
         return f"{self.kind.__name__}({self.config_kind.__name__}(**CONFIG{kernel}))"
 
     def build(self, config: Config) -> tuple[nn.Module, Config]:
@@ -235,9 +237,27 @@ def _inputs(model: nn.Module, attributes: Config) -> Iterator[str]:
     main = getattr(model, "main_input_name", None)
     known = main if isinstance(main, str) and main in {p.name for p in parameters} else None
     names = needed or [known or next((p.name for p in parameters), "x")]
+    sizes = {**_SIZES, **{name: value for name, value in attributes.items() if isinstance(value, int)}}
     for name in names:
-        numbers = re.findall(r"{(\w+)}", _INPUTS.get(name, ""))
-        if name in _INPUTS and all(isinstance(attributes.get(number), int) for number in numbers):
-            yield f'        "{name}": {_INPUTS[name].format(**attributes)},'
+        template = _INPUTS.get(name)
+        if template is not None and all(number in sizes for number in re.findall(r"{(\w+)}", template)):
+            yield f'        "{name}": {template.format(**sizes)},'
         else:
-            yield f'        "{name}": torch.randn(2, 7, 8, generator=generator),  # a guess: say which shape it has'
+            yield f'        "{name}": {_guess(model)},  # a guess: say which shape it has'
+
+
+def _guess(model: nn.Module) -> str:
+    """What the first layer of a model could be given."""
+    for module in model.modules():
+        match module:
+            case nn.Embedding():
+                return f"torch.randint(0, {module.num_embeddings}, (2, 7), generator=generator)"
+            case nn.Linear():
+                return f"torch.randn(2, 7, {module.in_features}, generator=generator)"
+            case nn.Conv1d():
+                return f"torch.randn(2, {module.in_channels}, 40, generator=generator)"
+            case nn.Conv2d():
+                return f"torch.randn(2, {module.in_channels}, 16, 24, generator=generator)"
+            case _:
+                pass
+    return "torch.randn(2, 7, 8, generator=generator)"

@@ -71,6 +71,21 @@ class Plain(nn.Module):
         return (self.fc(x), None)
 
 
+class Pictures(Plain):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size)
+        self.patch = nn.Conv2d(5, config.hidden_size, 4, 4)
+
+    def forward(self, pixels):
+        return self.fc(self.patch(pixels).flatten(2).mT)
+
+
+class Attending(Pictures):
+    _supports_sdpa = True
+
+
 def not_a_class():
     pass
 """
@@ -103,6 +118,11 @@ def cases_of(root: Path, family: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def written(root: Path) -> str:
+    """The text of the drafted cases."""
+    return (root / "parity_tests" / "cases" / "drafted.py").read_text()
 
 
 def drafted(family: str = "drafted") -> ModuleType:
@@ -158,6 +178,17 @@ def test_a_draft_of_what_needs_nothing_more_is_bitwise(root: Path) -> None:
     assert drafted().KEYS.lines == {"fc": "Fc"}
     runner = CaseRunner(cases_of(root, "drafted").CASES[0])
     assert {runner.run(Lane(lane)).verdict for lane in ("float64", "bfloat16")} == {Verdict.BITWISE}
+
+
+def test_the_first_layer_tells_what_an_unknown_input_could_be(root: Path) -> None:
+    new_family("drafted", "drafted_upstream.Plain", '{"width": 6}')
+    assert "torch.randn(2, 7, 6, generator=generator),  # a guess" in written(root)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("Pictures", ""), ("Attending", ', attn_implementation="sdpa"')])
+def test_a_kernel_is_chosen_for_models_that_have_several(kind: str, kernel: str, root: Path) -> None:
+    new_family("drafted", f"drafted_upstream.{kind}")
+    assert f"{kind}(Config(**CONFIG{kernel}))" in written(root)
 
 
 @pytest.mark.parametrize("name", FILES)
