@@ -91,7 +91,7 @@ class _Drafter:
         if call is not None:
             base = call.partition("(")[0]
             if not class_name(attribute):
-                return _Node(base.removeprefix("fl."), call, ((path, ""),))
+                return _Node(base.partition(".")[2], call, ((path, ""),))
             name = self.define(name, _ROLE, outer, base=base, origin=origin)
             return _Node(name, f"{name}({call.partition('(')[2]}", ((path, ""),))
         if not any(True for _ in module.children()):
@@ -171,7 +171,7 @@ def class_name(attribute: str) -> str:
 
 
 def known_layer(module: nn.Module) -> str | None:
-    """The call that builds the same layer in `fl`; None where there is none with the same name and weights."""
+    """The call that builds the same layer, in `fl` or of torch; None where none has the same name and weights."""
     match module:
         case nn.Linear():
             bias = "" if _has_bias(module) else ", bias=False"
@@ -185,7 +185,12 @@ def known_layer(module: nn.Module) -> str | None:
         case nn.Embedding():
             return f"fl.Embedding({module.num_embeddings}, {module.embedding_dim}, **factory)"
         case nn.Conv2d():
-            return f"fl.Conv2d({', '.join(_convolution(module))}, **factory)"
+            return f"fl.Conv2d({', '.join(_convolution(module, 'use_bias'))}, **factory)"
+        case nn.Conv1d() if type(module) is nn.Conv1d:
+            return f"nn.Conv1d({', '.join(_convolution(module, 'bias'))}, **factory)"
+        case nn.BatchNorm1d() | nn.BatchNorm2d() if module.affine and module.track_running_stats:
+            kind = "BatchNorm2d" if isinstance(module, nn.BatchNorm2d) else "BatchNorm1d"
+            return f"nn.{kind}({module.num_features}, eps={module.eps!r}, **factory)"
         case _:
             return None
 
@@ -194,15 +199,16 @@ def _has_bias(module: nn.Module) -> bool:
     return "bias" in module.state_dict()
 
 
-def _convolution(module: nn.Conv2d) -> Iterator[str]:
+def _convolution(module: nn.Conv1d | nn.Conv2d, bias: str) -> Iterator[str]:
     yield from (str(module.in_channels), str(module.out_channels), str(module.kernel_size))
-    defaults = {"stride": (1, 1), "padding": (0, 0), "groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
+    ones, zeros = (1,) * len(module.kernel_size), (0,) * len(module.kernel_size)
+    defaults = {"stride": ones, "padding": zeros, "groups": 1, "dilation": ones, "padding_mode": "zeros"}
     for name, default in defaults.items():
         value = getattr(module, name)
         if value != default:
             yield f"{name}={value!r}"
     if not _has_bias(module):
-        yield "use_bias=False"
+        yield f"{bias}=False"
 
 
 def _named_children(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:

@@ -198,9 +198,10 @@ def _version(module: str) -> str:
 
 def _torch_imports(draft: Draft) -> str:
     """The imports that the leaves of the draft need."""
-    if not any("nn.Parameter" in source or "register_buffer" in source for source in draft.classes):
-        return ""
-    return "import torch\nfrom torch import Tensor, nn\n\n"
+    text = "".join(draft.classes)
+    if "nn.Parameter" in text or "register_buffer" in text:
+        return "import torch\nfrom torch import Tensor, nn\n\n"
+    return "from torch import nn\n\n" if re.search(r"\bnn\.", text) else ""
 
 
 def _ignore(draft: Draft) -> str:

@@ -86,6 +86,15 @@ class Attending(Pictures):
     _supports_sdpa = True
 
 
+class Statistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv1d(3, 4, 2, groups=1, bias=False), nn.BatchNorm1d(4, eps=1e-3)
+
+    def forward(self, x):
+        return self.norm(self.convolution(x))
+
+
 def not_a_class():
     pass
 """
@@ -183,6 +192,11 @@ def test_a_draft_of_what_needs_nothing_more_is_bitwise(root: Path) -> None:
 def test_the_first_layer_tells_what_an_unknown_input_could_be(root: Path) -> None:
     new_family("drafted", "drafted_upstream.Plain", '{"width": 6}')
     assert "torch.randn(2, 7, 6, generator=generator),  # a guess" in written(root)
+
+
+def test_layers_that_torch_alone_has_are_bitwise_as_well(root: Path) -> None:
+    new_family("drafted", "drafted_upstream.Statistics")
+    assert CaseRunner(cases_of(root, "drafted").CASES[0]).run(Lane("float32")).verdict is Verdict.BITWISE
 
 
 @pytest.mark.parametrize(("kind", "kernel"), [("Pictures", ""), ("Attending", ', attn_implementation="sdpa"')])
