@@ -107,7 +107,7 @@ class ConvertedWeights(LazyWeights):
         self._source = source
         self._key_map = key_map
         wanted = Entries.read(target).on_meta()
-        self._plan, self._meta = key_map.plan_and_convert(Entries.read(source.meta()), wanted)
+        self._plan, self._meta = key_map.plan_and_convert(Entries(source.meta(), frozenset(), {}), wanted)
         self._ties = wanted.ties
         self._made_by = {key: pairing for pairing in self._plan.pairings for key in pairing.port}
 
@@ -144,9 +144,8 @@ class ConvertedWeights(LazyWeights):
         first = self._ties.get(key, key)
         return next(name for name in self._made_by if self._ties.get(name, name) == first)
 
-    @torch.no_grad()
     def __getitem__(self, key: str) -> Tensor:
         made = self._twin(key)
         pairing = self._made_by[made]
-        results = pairing.to_port([self._source[name] for name in pairing.upstream])
+        results = pairing.to_port([self._source[name].detach() for name in pairing.upstream])
         return results[pairing.port.index(made)]

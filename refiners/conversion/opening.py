@@ -77,10 +77,7 @@ class OpenedPart:
             key: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for key, tensor in self.state_dict().items()
         }
-        for key, weight in module.state_dict(keep_vars=True).items():
-            if key in tensors and weight.dtype != tensors[key].dtype:
-                weight.data = weight.data.to(tensors[key].dtype)
-        adopt_weights(module, tensors, source=str(self.stored.path))
+        adopt_weights(module, tensors, source=str(self.stored.path), own_dtype=False)
         return module
 
 

@@ -95,7 +95,8 @@ def _fill_ties(problems: Problems, results: dict[str, Tensor], wanted: Entries) 
     shared: dict[str, Tensor] = {}
     for key, tensor in results.items():
         first = wanted.ties.get(key, key)
-        if not same_bits(shared.setdefault(first, tensor), tensor):
+        other = shared.setdefault(first, tensor)
+        if other is not tensor and not same_bits(other, tensor):
             problems.add("value", key, f"is the same parameter as {first!r}, upstream's tensors for them differ")
     names = {key: wanted.ties.get(key, key) for key in wanted.tensors}
     return {key: shared[first] for key, first in names.items() if first in shared}

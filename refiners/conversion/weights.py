@@ -55,7 +55,8 @@ class Entries:
 
     def on_meta(self) -> "Entries":
         """The same shapes, dtypes and ties without the values."""
-        return Entries({key: value.to("meta") for key, value in self.tensors.items()}, self.only_shapes, self.ties)
+        tensors = {key: value if value.is_meta else value.to("meta") for key, value in self.tensors.items()}
+        return Entries(tensors, self.only_shapes, self.ties)
 
 
 def _shape(value: object) -> list[int] | None:

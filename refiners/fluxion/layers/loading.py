@@ -16,8 +16,15 @@ from refiners.errors import WeightsError
 _MAX_LISTED = 12
 
 
-def adopt_weights(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True, source: str = "") -> None:
+def adopt_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True, source: str = "", own_dtype: bool = True
+) -> None:
     """Make these tensors the weights of a module. Parameters stay the objects they are, except on the meta device.
+
+    Receives:
+        strict: whether every weight needs a tensor and every tensor a weight.
+        source: where the tensors come from, for the error.
+        own_dtype: whether weights on the meta device keep their dtype; else they take that of the tensors.
 
     Raises:
         WeightsError: (a RuntimeError) Keys or shapes do not fit. Nothing has changed.
@@ -32,7 +39,7 @@ def adopt_weights(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool
         if not isinstance(weight, Tensor):
             rest[key] = tensor  # what a module keeps beside its tensors (`get_extra_state`)
         elif weight.is_meta:
-            on_meta[key] = tensor.to(weight.dtype)
+            on_meta[key] = tensor.to(weight.dtype) if own_dtype else tensor
         elif tensor.dtype == weight.dtype and tensor.device == weight.device:
             weight.data = tensor
         else:

@@ -36,6 +36,11 @@ class LayerNorm(torch.nn.LayerNorm, WeightedModule):
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps=eps, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
 
+    def reset_parameters(self) -> None:
+        """Fill with ones and zeros, as torch does; on the meta device there is nothing to fill."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
         own: dict[str, Any] = self._parameters  # see WeightedModule
         try:
@@ -62,6 +67,11 @@ class GroupNorm(torch.nn.GroupNorm, WeightedModule):
     def __init__(self, channels: int, num_groups: int, eps: float = 1e-5, **factory: Unpack[Factory]) -> None:
         super().__init__(num_groups, channels, eps=eps, **factory)  # pyright: ignore[reportUnknownMemberType] (untyped device)
         self.channels = channels
+
+    def reset_parameters(self) -> None:
+        """Fill with ones and zeros, as torch does; on the meta device there is nothing to fill."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, input: Any) -> Any:  # symbolic tracing gives no tensors
         own: dict[str, Any] = self._parameters  # see WeightedModule
