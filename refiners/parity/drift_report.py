@@ -101,8 +101,8 @@ def run_drift(
     for case in cases:
         drift = _look(case, stored.get(case.id), names, ledger)
         found.append(drift)
-        if not drift.is_equal and drift.side is not Side.ABSENT:
-            console.print(Text(str(drift), style="red"), soft_wrap=True)
+        if drift.side not in (Side.NONE, Side.ABSENT):
+            console.print(Text(str(drift), style="yellow" if drift.is_equal else "red"), soft_wrap=True)
     for (upstream, reason), count in Counter(
         (drift.upstream, "; ".join(drift.reasons)) for drift in found if drift.side is Side.ABSENT
     ).items():

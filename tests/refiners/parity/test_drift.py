@@ -181,6 +181,16 @@ def test_the_command_blames_and_lists_absent_modules(tmp_path: Path, monkeypatch
     assert sides == {"stays/tower": "nothing moved", "leaves/tower": "absent"}
 
 
+def test_the_command_names_a_case_of_which_both_sides_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "drift_follows.py").write_text(MODULE.format(line="", name="follows"))
+    earlier = make_case(id="follows/tower", upstream=UpstreamThatMoved, port=PortThatFollowed)
+    path, out = tmp_path / "upstream.json", io.StringIO()
+    save(path, {"follows/tower": summarise(earlier, "drift_follows")})
+    assert run_drift(path, "drift_follows", lanes="float64", console=Console(file=out, width=120)) == 0
+    assert "follows/tower: both moved together" in out.getvalue()
+
+
 def test_a_case_without_float64_is_judged_by_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     source = "from tests.refiners.parity.toys import make_case\nCASES = [make_case(lanes=('float32',))]\n"
