@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from refiners.errors import ParityError
 from refiners.parity import rounding
 from refiners.parity.case import Case
-from refiners.parity.environment import origin_of, package_behind
+from refiners.parity.environment import origin_of, package_behind, version_of
 from refiners.parity.explain import explain
 from refiners.parity.inputs import draw_inputs, named_tensors
 from refiners.parity.lanes import Lane, held_equal
@@ -160,7 +160,7 @@ class Side(StrEnum):
     ABSENT = "absent"
     """Upstream's class is not in the installed version."""
     UNKNOWN = "unknown"
-    """Nothing is stored of the case, or what both sides are made of is not what it was."""
+    """Nothing is stored of the case, what both sides are made of is not what it was, or upstream raises as it is."""
 
 
 @dataclass
@@ -259,13 +259,8 @@ def look(case: Case, stored: Stored | None, results: list[Result], ledger: Ledge
     try:
         scene.run()
     except Exception as error:
-        origin = getattr(scene, "origin", "") or package_behind(error).removesuffix(" is installed") or before
-        told = [f"{scene.stage} raised {_line(error)}"]
-        missing = scene.stage == "building upstream" and isinstance(error, ImportError | AttributeError)
-        if missing and package_behind(error).endswith("is installed"):
-            return Drift(case.id, Side.ABSENT, origin, before, told, verdicts=verdicts)
-        side = Side.UNKNOWN if not stored else Side.PORT if origin == before else Side.UPSTREAM
-        return Drift(case.id, side, origin, before, told, verdicts=verdicts)
+        side, origin = _blame_for(error, scene, before)
+        return Drift(case.id, side, origin, before, [f"{scene.stage} raised {_line(error)}"], verdicts=verdicts)
     if stored is None:
         return Drift(case.id, Side.UNKNOWN, scene.origin, "", ["nothing is stored of it"], verdicts=verdicts)
     found = _blame(scene, stored, equal=equal)
@@ -274,6 +269,21 @@ def look(case: Case, stored: Stored | None, results: list[Result], ledger: Ledge
         found.leaves = _leaves(scene, results, seconds)
         found.reasons += [result.reason for result in results if result.verdict is not Verdict.BITWISE][:1]
     return found
+
+
+def _blame_for(error: Exception, scene: Scene, before: str) -> tuple[Side, str]:
+    """Who moved where one side raises, and which upstream is installed: one that is as it was has not moved."""
+    package = package_behind(error)
+    known = getattr(scene, "origin", "") or package.removesuffix(" is installed")
+    origin = known or (version_of(before.partition(" ")[0]) if before else "")
+    missing = scene.stage == "building upstream" and isinstance(error, ImportError | AttributeError)
+    if missing and package.endswith("is installed"):
+        return Side.ABSENT, origin
+    if not before:
+        return Side.UNKNOWN, origin
+    if origin != before:
+        return Side.UPSTREAM, origin
+    return Side.UNKNOWN if scene.stage.endswith("upstream") else Side.PORT, origin
 
 
 def _blame(scene: Scene, stored: Stored, *, equal: bool) -> Drift:

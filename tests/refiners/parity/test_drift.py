@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ def test_an_upstream_class_that_is_not_there_is_absent() -> None:
     found = now(upstream=no_such_class)
     assert found.side is Side.ABSENT
     assert "NoSuchLayer" in found.reasons[0]
+
+
+def refuses() -> nn.Module:
+    raise NotImplementedError("its next version cannot do that")
+
+
+@pytest.mark.parametrize(
+    ("before", "side"), [("torch 1.0", Side.UPSTREAM), (f"torch {torch.__version__}", Side.UNKNOWN)]
+)
+def test_an_upstream_that_cannot_be_built_any_more_is_not_blamed_on_the_port(before: str, side: Side) -> None:
+    found = look(make_case(upstream=refuses), replace(then(), upstream=before), [], Ledger())
+    assert found.side is side
+    assert found.reasons == ["building upstream raised NotImplementedError: its next version cannot do that"]
 
 
 def test_a_case_that_is_not_stored_is_unknown() -> None:
