@@ -83,7 +83,10 @@ def test_a_port_against_upstream_on_all_threads(record: Record, name: str) -> No
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, while inductor is imported
 @pytest.mark.parametrize("name", ["bert", "clip-text", "unet-sd1"])
 def test_a_compiled_port_against_compiled_upstream(record: Record, name: str) -> None:
-    """Both as one graph, for which inductor generates kernels: what is left to differ is what guards the graph."""
+    """Both as one graph, for which inductor generates kernels: what is left to differ is what guards the graph.
+
+    Setting the contexts is in the graph, as `docs/concepts/context.md` has it.
+    """
     torch.compiler.reset()
     backend = "inductor" if which("g++") else "eager"
     ours, theirs = PORTS[name]().pair(backend)

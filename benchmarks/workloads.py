@@ -58,14 +58,19 @@ class Workload:
         return model, self._with_gradients(self.port(model))
 
     def pair(self, backend: str | None = None) -> tuple[Act, Act]:
-        """The act of the port and that of upstream, on the same weights; compiled whole if a backend is given."""
+        """The act of the port and that of upstream, on the same weights.
+
+        Given a backend, each is compiled whole, as its user would: a function that takes all that upstream's `forward`
+        takes. Of the port, it sets the contexts and calls.
+        """
         assert self.upstream is not None, f"{self.name} has no upstream."
         upstream, port = self.build_upstream(), self.build()
         port.load_state_dict(self.case.key_map.convert(upstream.state_dict(), port), assign=True)
+        acts = self.port(port), self.upstream(upstream)
         if backend is not None:
-            upstream.compile(backend=backend, fullgraph=True)
-            port.compile(backend=backend, fullgraph=True)
-        return self._with_gradients(self.port(port)), self._with_gradients(self.upstream(upstream))
+            acts = tuple(torch.compile(_function(act), backend=backend, fullgraph=True) for act in acts)
+        ours, theirs = map(self._with_gradients, acts)
+        return ours, theirs
 
     def _built(self, builder: Callable[[], nn.Module]) -> nn.Module:
         """On torch's default device, with the same weights everywhere; those of published sizes are drawn there."""
@@ -80,6 +85,11 @@ class Workload:
 
     def _with_gradients(self, act: Act) -> Act:
         return torch.set_grad_enabled(self.gradients)(act)
+
+
+def _function(act: Act) -> Act:
+    """A plain function, which is what `torch.compile` takes."""
+    return lambda: act()
 
 
 @cache

@@ -209,6 +209,7 @@ def mutants(
         every_case=every_case,
         json_path=json,
         equivalents_path=equivalents or _beside(cases, "equivalent.toml"),
+        ledger_path=_beside(cases, "ledger.toml"),
     )
     raise typer.Exit(code)
 

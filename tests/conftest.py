@@ -27,6 +27,12 @@ SHAPED = ("refiners.fluxion.layers.", "reference_ports.")
 TYPES = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process of pytest-xdist its share of the cores: threads that outnumber them spin for one another."""
+    processes: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 def pytest_collection_finish() -> None:
     """Let Python search for garbage less often; what was imported is most of what it would look through."""
     gc.set_threshold(20_000, 20, 50)

@@ -87,6 +87,11 @@ TEXT_KEYS = {"text_encoder": clip.TEXT_ENCODER_KEYS, "text_encoder_2": clip.TEXT
 
 def keys_of(config: Options, *encoders: str) -> KeyMap:
     """The keys of a pipeline: those of its UNet, its autoencoder, and its text encoders."""
+    return _keys_of(tuple(config.items()), *encoders)
+
+
+@cache  # most cases have the configuration of another one
+def _keys_of(config: tuple[tuple[str, Any], ...], *encoders: str) -> KeyMap:
     keys = unet.key_map_for(dict(config)).under("unet", "unet") | autoencoder.KEYS.under("vae", "autoencoder")
     for name in encoders:
         keys = keys | TEXT_KEYS[name].under(name, name)

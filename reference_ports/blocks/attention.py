@@ -176,7 +176,7 @@ def prepare_attention_mask(mask: Tensor | None, is_causal: bool) -> Tensor | Non
             f"finished; this one has the shape {tuple(mask.shape)}. Give one row of ones and zeros a sequence."
         )
     keys = mask.to(torch.bool)[:, None, None, :]
-    if not mask.is_meta and bool(keys.all()):
+    if not mask.is_meta and not torch.compiler.is_compiling() and bool(keys.all()):
         return None
     length = mask.shape[1]
     positions = torch.arange(length, device=mask.device)

@@ -15,9 +15,9 @@ key, the one with the most literal segments wins, then the longest, then the one
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from refiners.errors import ConversionError
@@ -29,6 +29,8 @@ Bindings = Mapping[str, int | str]
 _NUMBER_NAMES = frozenset("ijklmn")
 _NUMBER = re.compile(r"(?:(?P<factor>[1-9]\d*)\*)?(?P<name>[A-Za-z_]\w*)(?:(?P<offset>[+-]\d+))?")
 _WORD = re.compile(r"(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[^{}]+))?")
+# Deeper keys than any model has are not followed step by step into one another.
+_DEEP = 100
 _SPLIT = re.compile(r"\{([^{}]*)\}")
 
 
@@ -133,6 +135,23 @@ class Segment:
         return "".join(p if isinstance(p, str) else p.write(bindings[p.name]) for p in self.pieces)
 
 
+@lru_cache(maxsize=1 << 14)
+def _segments_of(pattern: str) -> tuple[Segment, ...]:
+    """The segments of a pattern. Tables repeat one another's, with another prefix or for another variant."""
+    segments: list[Segment] = []
+    for text in pattern.split("."):
+        parts = _SPLIT.split(text)
+        pieces = tuple(
+            Term.parse(part, pattern) if index % 2 else part for index, part in enumerate(parts) if index % 2 or part
+        )
+        if any(isinstance(piece, str) and ("{" in piece or "}" in piece) for piece in pieces):
+            raise ConversionError(f"The braces of the pattern {pattern!r} do not pair up inside one segment.")
+        if len(pieces) > 1 and any(isinstance(piece, Term) and piece.kind == "rest" for piece in pieces):
+            raise ConversionError(f"In the pattern {pattern!r}, {{rest}} has to stand alone between two dots.")
+        segments.append(Segment(text, pieces))
+    return tuple(segments)
+
+
 @dataclass(frozen=True)
 class Pattern:
     """A dotted key whose parts between braces vary.
@@ -149,21 +168,7 @@ class Pattern:
             raise ConversionError(
                 f"The pattern {self.text!r} has an empty segment. Write names separated by single dots."
             )
-        object.__setattr__(self, "segments", tuple(self._parse()))
-
-    def _parse(self) -> Iterator[Segment]:
-        for text in self.text.split("."):
-            parts = _SPLIT.split(text)
-            pieces = tuple(
-                Term.parse(part, self.text) if index % 2 else part
-                for index, part in enumerate(parts)
-                if index % 2 or part
-            )
-            if any(isinstance(piece, str) and ("{" in piece or "}" in piece) for piece in pieces):
-                raise ConversionError(f"The braces of the pattern {self.text!r} do not pair up inside one segment.")
-            if len(pieces) > 1 and any(isinstance(piece, Term) and piece.kind == "rest" for piece in pieces):
-                raise ConversionError(f"In the pattern {self.text!r}, {{rest}} has to stand alone between two dots.")
-            yield Segment(text, pieces)
+        object.__setattr__(self, "segments", _segments_of(self.text))
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -217,6 +222,16 @@ class _Node(Generic[T]):
         return self.segments.setdefault(segment, _Node())
 
 
+class _Walk(NamedTuple, Generic[T]):
+    """Where patterns are after the beginning of a key, and the best that cover it so far."""
+
+    # Nodes, with what their names stand for and how many of their segments are literal.
+    reached: "list[tuple[_Node[T], Bindings, int]]"
+    # What they stand for, their bindings, where what is below them begins, and their rank.
+    best: list[tuple[T, Bindings, int, tuple[int, int, int]]]
+    at: int
+
+
 class PatternIndex(Generic[T]):
     """Finds the patterns that cover a key, in a time that does not grow with the number of patterns.
 
@@ -227,16 +242,55 @@ class PatternIndex(Generic[T]):
     def __init__(self, bare: bool = False) -> None:
         self._root: _Node[T] = _Node()
         self._bare = bare
+        self._has_rests = False
 
     def add(self, pattern: Pattern, value: T) -> None:
         """Adds a pattern and what it stands for."""
         node = self._root
+        self._has_rests |= any(segment.rest is not None for segment in pattern.segments)
         for segment in pattern.segments:
             node = node.child(segment)
         node.values.append(value)
 
-    def find(self, key: str) -> list[Match[T]]:
-        """The best matches of a key: none, one, or several that are equally good."""
+    def find(self, key: str, walked: "dict[str, _Walk[T]] | None" = None) -> list[Match[T]]:
+        """The best matches of a key: none, one, or several that are equally good.
+
+        Receives:
+            key: the key.
+            walked: what is known already of the beginnings of keys, the same dict for many keys: their common paths are
+                followed once.
+        """
+        if self._has_rests or key.count(".") > _DEEP:
+            return self._search(key)
+        best = self._walk(key, {} if walked is None else walked).best
+        return [Match(value, bindings, key[end:], rank) for value, bindings, end, rank in best]
+
+    def _walk(self, path: str, walked: "dict[str, _Walk[T]]") -> "_Walk[T]":
+        """Where all patterns without `{rest}` are after the segments of a path."""
+        known = walked.get(path)
+        if known is not None:
+            return known
+        above, dot, text = path.rpartition(".")
+        before = self._walk(above, walked) if dot else _Walk[T]([(self._root, {}, 0)], [], 0)
+        at = before.at + 1
+        reached: list[tuple[_Node[T], Bindings, int]] = []
+        for node, bindings, literals in before.reached:
+            if (child := node.literals.get(text)) is not None:
+                reached.append((child, bindings, literals + 1))
+            for segment, child in node.segments.items():
+                if (bound := segment.match(text, bindings, self._bare)) is not None:
+                    reached.append((child, bound, literals))
+        best = before.best
+        for node, bindings, literals in reached:
+            rank: tuple[int, int, int] = (literals, at, 0)
+            if node.values and (not best or rank >= best[0][3]):
+                found: list[tuple[T, Bindings, int, tuple[int, int, int]]] = []
+                found += [(value, bindings, len(path), rank) for value in node.values]
+                best = found if not best or rank > best[0][3] else [*best, *found]
+        walk = walked[path] = _Walk(reached, best, at)
+        return walk
+
+    def _search(self, key: str) -> list[Match[T]]:
         segments = key.split(".")
         best: list[Match[T]] = []
         stack: list[tuple[_Node[T], int, Bindings, int, int]] = [(self._root, 0, {}, 0, 0)]

@@ -189,6 +189,8 @@ def convolution(call: Call, given: Mapping[str, Any]) -> Changes:
     if given["input"].shape[1] > 1:
         yield "channels reversed", _given(input=lambda given: given["input"].flip(1))
     own = given.get("padding", 0)
+    if own == "same" and set(given["weight"].shape[2:]) == {3}:
+        own = 1
     if own not in (1, (1,), (1, 1)):
         yield "padding 1", _given(padding=_constant(1))
     if own not in (0, (0,), (0, 0)):

@@ -84,7 +84,6 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
         program: to change.
         numbers: that are tried as well.
     """
-    yield from _tiled(program)
     yield from _reduced(program, numbers)
     tried = 0
     for group in _groups(program):
@@ -102,7 +101,7 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
             yield Candidate(text, _everywhere(group, _with(path, new)), (operation.name, at, path))
 
 
-def _tiled(program: Program) -> Iterator[Candidate]:
+def tiled(program: Program) -> Iterator[Candidate]:
     """Heads that are repeated all together should be repeated one by one: groups of queries share a key."""
     tiled = [op for op in program.operations if op.name == "aten.repeat" and sum(n > 1 for n in op.template[0][1]) == 1]
     if not tiled:
@@ -144,7 +143,7 @@ def _reduced(program: Program, numbers: set[bool | int | float]) -> Iterator[Can
 
 def _in_parts(size: int) -> Change:
     def change(operation: Operation, given: list[Tensor]) -> Tensor:
-        parts = given[0].unflatten(-1, (-1, size))
+        parts = given[0].reshape(*given[0].shape[:-1], -1, size)
         return parts.mean(-1).repeat_interleave(size, dim=-1)
 
     return change
@@ -179,10 +178,12 @@ def signs(program: Program, *, made: bool = False) -> Iterator[Candidate]:
     """Another mask, or a value of the other sign: of those that it starts from, or that it makes."""
     for number in program.made if made else sorted(program.leaves()):
         value, name = program.values[number], name_of_value(program, number)
-        if value.dtype == torch.bool and value.ndim > 1 and number not in program.made:
+        if value.dtype == torch.bool and value.ndim > 1:
             for words, change in _MASKS.items():
                 yield Candidate(f"when the mask {name} {words}", _to_value(number, change), number)
-        if value.is_floating_point() and value.numel() > 1 and not bool((value.abs() >= HUGE).any()):
+        is_difference = number in program.made and program.made[number][0].name == "aten.sub"
+        is_signed = value.is_floating_point() and not bool((value.abs() >= HUGE).any())
+        if value.numel() > 1 and (is_signed or (is_difference and value.dtype != torch.bool)):
             yield Candidate(f"when {name} is of the other sign", _to_value(number, Tensor.neg), number)
 
 
@@ -192,6 +193,7 @@ def _to_value(number: int, change: Callable[[Tensor], Tensor]) -> Making:
 
 _MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "is causal: a position sees itself and those before it": lambda mask: torch.ones_like(mask).tril(),
+    "hides from a position what comes after it, and nothing else": lambda mask: torch.ones_like(mask).triu(1),
     "is inverted": lambda mask: ~mask,
     "is transposed": lambda mask: mask.transpose(-1, -2),
     "hides nothing": torch.ones_like,

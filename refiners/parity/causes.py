@@ -20,8 +20,8 @@ from torch import Tensor
 
 from refiners.parity import candidates, flow, turning, unlike
 from refiners.parity.candidates import Candidate, name_of_value, residual
-from refiners.parity.fingerprint import Sketch
 from refiners.parity.hypotheses import ACTIVATIONS
+from refiners.parity.in_place import instead, instead_of_line, not_given
 from refiners.parity.mending import first_that_mend, is_alike, pointer
 from refiners.parity.operations import Operation, tensors_in
 from refiners.parity.replay import (
@@ -38,10 +38,9 @@ from refiners.parity.replay import (
     scalars,
     with_arguments,
 )
+from refiners.parity.tables import with_one_table
 from refiners.parity.trial import Making, Trial, limited
 
-LONGEST = 8
-"""Operations of an expression that is told."""
 MOST_TOLD = 3
 """Differences that are told together, and causes that are told as alternatives."""
 
@@ -55,24 +54,30 @@ FAR = 1000.0
 """How far apart values must be, in units of rounding, for a change to be told that brings them together coarsely."""
 
 
-def why(port: Program, upstream: Program, until: float = math.inf, *, only_point: bool = False) -> str:
+def why(
+    port: Program, upstream: Program, until: float = math.inf, *, only_point: bool = False
+) -> tuple[str, Sequence[Operation]]:
     """What makes the port's value upstream's, completing "equal …"; "" when nothing simple does.
 
     Receives:
         port, upstream: how both sides make the value.
         until: the time, of the monotonic clock, when the search ends.
         only_point: no search, for lines in which nothing was found before: only where they differ.
+
+    Returns:
+        The text, and the operations of the port at which it is; none where that is not known.
     """
     try:
         if not (port.is_faithful() and upstream.is_faithful()):
-            return ""
+            return "", ()
+        port, upstream = with_one_table(port, upstream)
         if is_rounding_of_float32(port, upstream):
-            return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else "")
+            return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else ""), ()
         trial = Trial(port, upstream)
         with coarsely():
             is_far = not is_same(port.sketches[port.root], upstream.sketches[upstream.root], times=FAR)
     except Exception:  # an operation that does not take float64, or a value that was not seen
-        return ""
+        return "", ()
     searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), pointer)
     for search in searches:
         try:
@@ -81,8 +86,8 @@ def why(port: Program, upstream: Program, until: float = math.inf, *, only_point
         except Exception:  # the same, or the end of the time
             told = ""
         if told:
-            return told
-    return ""
+            return told, () if search is pointer else trial.touched
+    return "", ()
 
 
 def _coarsely(trial: Trial) -> str:
@@ -98,6 +103,7 @@ def is_rounding(port: Program, upstream: Program) -> bool:
 
 def is_rounding_of_float32(port: Program, upstream: Program) -> bool:
     """The same, or no more lies between both than tables that are held in float32."""
+    port, upstream = with_one_table(port, upstream)
     with coarsely():
         return is_rounding(port, upstream)
 
@@ -126,12 +132,13 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     told = _tried(lambda: (_told(trial, found) if is_plain else "") or _alternatives(trial, _of_leaves(trial)))
     pairs = [] if told or is_part else first_that_mend(trial)
     try:
+        told = told or _tried(lambda: not_given(trial, [*pairs, (trial.port.root, trial.upstream.root)]))
         told = told or _tried(lambda: _inside(trial, pairs)) or _tried(lambda: _one_change(trial, found))
         told = told or ("" if is_plain else _tried(lambda: _told(trial, found)))
     except TimeoutError:
         if not pairs:
             raise
-    return told or (_instead_of_line(trial, pairs) if pairs else "")
+    return told or (instead_of_line(trial, pairs) if pairs else "")
 
 
 def _tried(search: Callable[[], str]) -> str:
@@ -211,7 +218,7 @@ def _changed(trial: Trial) -> str:
         {value for op in program.operations for _, value in scalars(op.template)}
         for program in (trial.port, trial.upstream)
     )
-    told = _alternatives(trial, candidates.changed(trial.port, upstream))
+    told = _first(trial, candidates.tiled(trial.port)) or _alternatives(trial, candidates.changed(trial.port, upstream))
     told = told or _first(trial, candidates.signs(trial.port, made=True))
     there = (replace(one, text=_of_upstream(one.text)) for one in candidates.changed(trial.upstream, port))
     return told or _alternatives(trial, there, of_upstream=True)
@@ -350,58 +357,6 @@ def _difference(trial: Trial, one: unlike.Other) -> str:
             places = [place + 1 for place in one.order]
             return f"when in `{flow.name_of(here)}` at {here.source} the tensors stand in the order {places}: {names}"
         case unlike.Other("instead", int() as here, int() as there):
-            return _instead(trial, here, there)
+            return instead(trial, here, there)
         case _:
             return ""
-
-
-def _instead_of_line(trial: Trial, pairs: Sequence[tuple[int, int]]) -> str:
-    """In words what one line makes, or a value that a program starts from."""
-    parts = [(trial.port.part(a), trial.upstream.part(b)) for a, b in pairs]
-    if len({(len(ours.operations), len(theirs.operations)) for ours, theirs in parts}) == 1:
-        told = _instead(trial, *pairs[0])
-        if told:
-            return told
-    return turning.layouts(trial, pairs)
-
-
-def _instead(trial: Trial, here: int, there: int) -> str:
-    port, upstream = trial.port, trial.upstream
-    ours, theirs = port.part(here).operations, upstream.part(there).operations
-    layouts = turning.layouts(trial, [(here, there)])
-    if layouts:
-        return layouts
-    if here == port.root and there == upstream.root and ours and theirs and len(ours) + len(theirs) > LONGEST // 2:
-        return ""
-    source = f" (upstream at {theirs[-1].source})" if theirs else ""
-    names = _on_the_way(upstream.part(there), port.sketches[here])
-    if 0 < len(names) <= LONGEST:
-        return f"when {name_of_value(port, here)} goes through upstream's {', '.join(names)} first{source}"
-    if len(ours) > LONGEST or len(theirs) > LONGEST:
-        return ""
-    if (
-        ours
-        and theirs
-        and _inputs_are_alike(trial, ours[-1], theirs[-1])
-        and (told := flow.not_given(ours[-1], theirs[-1]))
-    ):
-        return told
-    return f"when {name_of_value(upstream, there)}{source} is in the place of {name_of_value(port, here)}"
-
-
-def _inputs_are_alike(trial: Trial, ours: Operation, theirs: Operation) -> bool:
-    """Whether what the port gives to an operation is what upstream gives, as far as it gives any."""
-    pairs = list(zip(ours.inputs, theirs.inputs, strict=False))
-    known = all(a in trial.port.values and b in trial.upstream.values for a, b in pairs)
-    return known and all(is_alike(trial, a, b) for a, b in pairs)
-
-
-def _on_the_way(upstream: Program, start: tuple[int, Sketch]) -> list[str]:
-    """The names of upstream's operations that a value goes through; nothing if upstream does not start from it."""
-    reached = {number for number in upstream.leaves() if is_same(upstream.sketches[number], start)}
-    names: list[str] = []
-    for operation in upstream.operations:
-        if reached.intersection(operation.inputs):
-            reached.update(number for number in operation.outputs if number is not None)
-            names += [] if unlike.is_move(operation) else [flow.name_of(operation)]
-    return list(dict.fromkeys(names))

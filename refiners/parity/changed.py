@@ -37,6 +37,7 @@ class Digests:
         self._engine = _hash([*_engine(), json.dumps(environment(), sort_keys=True)])
         self._sources = Sources()
         self._of_modules: dict[tuple[str, ...], str] = {}
+        self._known: dict[str, _Installed] = {}
 
     def of_modules(self, modules: Sequence[str]) -> str:
         """Of everything that some modules can reach."""
@@ -44,7 +45,7 @@ class Digests:
         if key not in self._of_modules:
             found = self._sources.reach(key, stop=[refiners.__name__])
             files = [f"{os.path.relpath(path)} {_hash_of_file(path)}" for path in sorted(found.files)]
-            self._of_modules[key] = _hash([self._engine, *files, *sorted(_versions(found.packages))])
+            self._of_modules[key] = _hash([self._engine, *files, *sorted(_versions(found.packages, self._known))])
         return self._of_modules[key]
 
     def of_case(self, case_id: str, modules: Sequence[str]) -> str:
@@ -80,22 +81,37 @@ def _engine() -> list[str]:
     return [f"{path.relative_to(root)} {_hash_of_file(path)}" for path in sorted(root.rglob("*.py"))]
 
 
-def _versions(packages: Iterable[str]) -> set[str]:
-    """The versions of installed packages, and of all that they require, directly or not."""
+_Installed = tuple[str, list[str]]
+"""The version of a distribution, and the names of those that it requires."""
+
+
+def _versions(packages: Iterable[str], known: dict[str, _Installed] | None = None) -> set[str]:
+    """The versions of installed packages, and of all that they require, directly or not.
+
+    Receives:
+        known: keeps what was read, since reading metadata is slow.
+    """
+    known = {} if known is None else known
     waiting = [name for package in packages for name in distributions().get(package, [package])]
     found: dict[str, str] = {}
     while waiting:
         name = _normal(waiting.pop())
         if name in found:
             continue
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            found[name] = ""
-            continue
-        found[name] = distribution.version
-        waiting += [re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in distribution.requires or ()]
+        if name not in known:
+            known[name] = _look_up(name)
+        found[name], required = known[name]
+        waiting += required
     return {f"{name} {version}" for name, version in found.items()}
+
+
+def _look_up(name: str) -> _Installed:
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "", []
+    required = [re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in distribution.requires or ()]
+    return distribution.version, required
 
 
 def _normal(name: str) -> str:

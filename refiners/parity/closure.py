@@ -53,6 +53,7 @@ class Sources:
     def __init__(self) -> None:
         self._files: dict[str, Path | None] = {}
         self._imports: dict[tuple[Path, str], _Imports] = {}
+        self._own: dict[str, bool] = {}
 
     def reach(self, modules: Iterable[str], *, stop: Iterable[str] = ()) -> Reach:
         """Everything that some modules can reach.
@@ -117,8 +118,11 @@ class Sources:
 
     def _is_own(self, top: str) -> bool:
         """Whether a top-level name is a package of the user's own, and not one that was installed."""
-        if not top.isidentifier() or top in sys.stdlib_module_names:
-            return False
+        if top not in self._own:
+            self._own[top] = top.isidentifier() and top not in sys.stdlib_module_names and self._is_not_installed(top)
+        return self._own[top]
+
+    def _is_not_installed(self, top: str) -> bool:
         file = self.file_of(top)
         places = [file] if file else [Path(place) for place in _folders(top)]
         return bool(places) and not any(place.is_relative_to(folder) for place in places for folder in _installed())

@@ -3,16 +3,20 @@
 import importlib.metadata
 import platform
 import sys
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+# Each result names a version, and reading the metadata of a package takes as long as running a small model.
+_version_in_metadata = cache(importlib.metadata.version)
+
 
 def _installed(package: str) -> str:
     """The version of an importable package, or an empty string."""
     try:
-        return importlib.metadata.version(package)
+        return _version_in_metadata(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         # Distributions may be named otherwise than what they install; then only the module itself can tell.
         return str(getattr(sys.modules.get(package), "__version__", ""))

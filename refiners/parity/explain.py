@@ -22,7 +22,9 @@ from refiners.parity.bits import same_bits
 from refiners.parity.borders import Lesson, without_borders
 from refiners.parity.case import Case
 from refiners.parity.causes import ONLY_ROUNDING
-from refiners.parity.diagnose import Fruitless, Session, beyond_rounding, diagnose
+from refiners.parity.diagnose import beyond_rounding
+from refiners.parity.dtype_faults import dtype_faults
+from refiners.parity.faults import Fault, told_once, without_consequences, without_rounding
 from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
@@ -33,6 +35,7 @@ from refiners.parity.operations import Trace
 from refiners.parity.precision import look_at_precision
 from refiners.parity.rearranged import rearranged
 from refiners.parity.runner import CaseRunner
+from refiners.parity.session import Fruitless, Session
 from refiners.parity.teacher import Point, Run, Teacher, Where
 from refiners.parity.torch_state import seed_torch
 from refiners.parity.trace import record
@@ -41,17 +44,6 @@ MANY = 3
 """More faults than this are rounding, or one that all nodes have: float64 tells."""
 LONG = 0.5
 """Seconds of a search after which it is not made again in float64."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A finding with its diagnosis."""
-
-    finding: Finding
-    diagnosis: str
-    """What makes the port equal there, completing "equal …"; "" when nothing that was tried does."""
-    was_run: bool
-    """Whether the port was run with that change; if not, it follows from the values of both sides."""
 
 
 @dataclass
@@ -104,13 +96,15 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
         ParityError: a side cannot be built, or the weights cannot be handed over.
     """
     runner = case if isinstance(case, CaseRunner) else CaseRunner(case)
-    fruitless: Fruitless = {}
+    fruitless = Fruitless()
     found = _explain_in(runner, lane, seconds, fruitless, by_closeness=False)
+    if any(fault.finding.point.agrees for fault in found.faults):
+        return found  # of no value, but of dtypes
     unclear = len(found.faults) > MANY or bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
     if not unclear or "float64" not in runner.case.lanes:
         return found
-    long = {lines: spent for lines, spent in fruitless.items() if spent > LONG}
-    wide = _explain_in(runner, Lane("float64", lane.device), seconds, long, by_closeness=True)
+    known = fruitless.longer_than(LONG)
+    wide = _explain_in(runner, Lane("float64", lane.device), seconds, known, by_closeness=True)
     some = len(wide.faults) or "none"
     count = "1 node differs" if len(found.faults) == 1 else f"{len(found.faults)} nodes differ"
     told = f"{count} in {lane.name}, {some} by more than rounding in float64"
@@ -130,9 +124,10 @@ def _explain_in(
         found = explain_sides(
             runner.case, lane, upstream, port, by_closeness=by_closeness, seconds=seconds, fruitless=fruitless
         )
-        if not found.faults and not by_closeness:
+        if all(fault.diagnosis == ONLY_ROUNDING for fault in found.faults) and not by_closeness:
             seen = look_at_precision(runner.case, lane, (upstream, port), draw_inputs(runner.case))
             found.notes += seen.faults
+            found.faults += dtype_faults(runner.case, lane, (upstream, port), found.pairing) if seen.faults else []
         if not found.faults and runner.case.gradients:
             found.notes += explain_gradients(
                 upstream,
@@ -202,7 +197,7 @@ def explain_modules(
         by_closeness: for float64: whether values that are close count as equal.
         seed: what torch's generators are seeded with before each run.
         seconds: after which no more hypotheses are tried.
-        fruitless: lines in which no cause was found before, which are not searched again; more are added.
+        fruitless: searches that found no cause before, which are not made again; more are added.
     """
     started = time.monotonic()
 
@@ -232,14 +227,14 @@ def explain_modules(
         port_trace=forced,
         deadline=started + seconds,
         run_upstream=run_upstream,
-        fruitless=fruitless if fruitless is not None else {},
+        fruitless=fruitless or Fruitless(),
     )
     session.start(points)
     moved, findings = rearranged(findings, session)
     findings = [beyond_rounding(finding, session) if finding.others else finding for finding in findings]
     faults = [Fault(finding, text, was_run=True) for finding, text in moved]
-    faults += _told_once(_without_consequences(findings, session))
-    faults, rounded = _without_rounding(faults)
+    faults += told_once(without_consequences(findings, session), forced)
+    faults, rounded = without_rounding(faults)
     explanation = Explanation(title, port, faults, marks=_marks(points, free, ours, pairing), pairing=pairing)
     explanation.notes += _notes(faults, free, ours, session)
     explanation.rounded = rounded
@@ -247,70 +242,6 @@ def explain_modules(
         explanation.notes.append(f"equal but for rounding: {', '.join(f'`{path}`' for path in rounded)}")
     explanation.seconds = round(time.monotonic() - started, 3)
     return explanation
-
-
-def _without_rounding(faults: list[Fault]) -> tuple[list[Fault], list[str]]:
-    """The faults; and where there are some, the paths of what differs by rounding alone, which is none beside them."""
-    rounded = [fault for fault in faults if fault.diagnosis == ONLY_ROUNDING]
-    if len(rounded) == len(faults):
-        return faults, []
-    return [fault for fault in faults if fault not in rounded], [fault.finding.port for fault in rounded]
-
-
-def _without_consequences(findings: list[Finding], session: Session) -> list[Fault]:
-    """The faults, but for those that come right with what mends another one, where the port was run with it."""
-    faults: list[Fault] = []
-    settled: list[set[tuple[str, str, int]]] = []
-    for finding in findings:
-        session.settled = set()
-        faults.append(Fault(finding, *diagnose(finding, session)))
-        settled.append(session.settled if faults[-1].was_run else set())
-    kept: list[int] = []
-    for number, fault in enumerate(faults):
-        places = {one.point.place for one in (fault.finding, *fault.finding.others)}
-        others = (place for place in range(len(faults)) if place in kept or (place > number and not fault.was_run))
-        if not any(places <= settled[place] for place in others):
-            kept.append(number)
-    return [faults[number] for number in kept]
-
-
-def _told_once(faults: list[Fault]) -> list[Fault]:
-    """Of faults that show at one point for one reason, which follows from its values, the innermost is kept."""
-    reasons: dict[tuple[object, str], str] = {}
-    for fault in faults:
-        if fault.diagnosis and not fault.was_run:
-            key = fault.finding.point.place, fault.diagnosis
-            reasons[key] = max(reasons.get(key, ""), fault.finding.port, key=len)
-    kept = [
-        fault
-        for fault in faults
-        if fault.was_run
-        or reasons.get((fault.finding.point.place, fault.diagnosis), fault.finding.port) == fault.finding.port
-    ]
-    return _without_constants(kept)
-
-
-def _without_constants(faults: list[Fault]) -> list[Fault]:
-    """Of faults that show at one point, one of which is explained, those are left out that only make a constant.
-
-    Two sides often make one mask out of different constants.
-    """
-
-    def is_constant(fault: Fault) -> bool:
-        finding = fault.finding
-        return not finding.is_leaf and not any(operation.inputs for operation in finding.port_operations)
-
-    explained = {f.finding.point.place: f.diagnosis for f in faults if f.diagnosis and not is_constant(f)}
-    return [
-        fault
-        for fault in faults
-        if not (is_constant(fault) and _says_no_more(fault, explained.get(fault.finding.point.place)))
-        or fault.finding.point.place not in explained
-    ]
-
-
-def _says_no_more(fault: Fault, other: str | None) -> bool:
-    return not fault.was_run or fault.diagnosis in ("", other)
 
 
 def warmed_up(run_upstream: Run, run_port: Run, seed: int = 0) -> tuple[Run, Run]:

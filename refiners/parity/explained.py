@@ -7,7 +7,8 @@ from torch import nn
 
 from refiners.fluxion.layers.tree import ModuleTree
 from refiners.parity.case import Case
-from refiners.parity.explain import Explanation, Fault, explain
+from refiners.parity.explain import Explanation, explain
+from refiners.parity.faults import Fault
 from refiners.parity.lanes import Lane
 from refiners.parity.operations import Operation
 from refiners.parity.runner import CaseRunner
@@ -76,7 +77,9 @@ def _name(path: str, root: nn.Module) -> str:
 def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[str, str]]:
     finding, point = fault.finding, fault.finding.point
     path = _name(finding.port, explanation.port)
-    if finding.is_leaf:
+    if point.agrees:
+        what = "computes the same values as upstream in other dtypes"
+    elif finding.is_leaf:
         what = "introduces a difference: it receives what upstream's leaf receives, and returns something else"
     elif finding.port_operations:
         what = "computes something else than upstream from the same values"
@@ -95,7 +98,7 @@ def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[st
     if finding.suspects:
         lines.append((f"   suspects   {', '.join(finding.suspects[:4])}", ""))
     shown = f"what {point.port} {point.where}" if point.where is not Where.OUTPUT else f"the output `{point.port}`"
-    lines.append((f"   shows in   {shown}", ""))
+    lines.append((f"   shows in   {'no bit here' if point.agrees else shown}", ""))
     if point.shapes[0] != point.shapes[1]:
         lines.append((f"   shapes     upstream {point.shapes[0]}, port {point.shapes[1]}", ""))
     elif point.shapes[0]:

@@ -27,6 +27,11 @@ _BLOCK = 1 << 16
 _SMALL = 1 << 14
 """Bytes up to which a tensor is hashed whole: below, calls of torch cost more than the bytes."""
 
+_KNOWN_TO_NUMPY = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
+
 _LARGE = 1 << 20
 """Bytes from which a weight is known by its place."""
 
@@ -53,19 +58,27 @@ def _multipliers(device: torch.device) -> Tensor:
     return (drawn | 1).to(device)
 
 
-@torch.no_grad()
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """The fingerprint of a tensor of any dtype, layout and device; one on `meta` has no digest."""
-    tensor = tensor.detach()
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if tensor.is_meta or not tensor.numel():
         return Fingerprint(dtype, shape, b"")
     if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
+        tensor = tensor.detach().to_dense()
+    data = _bytes_of(tensor) if tensor.nbytes <= _SMALL else _sums_of(tensor)
+    return Fingerprint(dtype, shape, hashlib.blake2b(data, digest_size=16).digest())
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """All bytes of a tensor in the order of its elements."""
+    readable = tensor if tensor.dtype in _KNOWN_TO_NUMPY else as_integers(tensor)
+    return readable.numpy(force=True).tobytes()
+
+
+@torch.no_grad()
+def _sums_of(tensor: Tensor) -> bytes:
+    """The sums of all blocks of words of a tensor."""
     flat = as_integers(tensor).contiguous().flatten().view(torch.uint8)
-    if flat.numel() <= _SMALL:
-        data = flat.cpu().numpy().tobytes()
-        return Fingerprint(dtype, shape, hashlib.blake2b(data, digest_size=16).digest())
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
     elif flat.storage_offset() % 8:
@@ -73,8 +86,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     words = flat.view(torch.int64)
     chunks = [words[start : start + _CHUNK] for start in range(0, words.numel(), _CHUNK)]
     sums = [part for chunk in chunks for part in (*_sums(chunk), *_sums(_top_bits(chunk)))]
-    gathered = torch.cat(sums).cpu().numpy()
-    return Fingerprint(dtype, shape, hashlib.blake2b(gathered.tobytes(), digest_size=16).digest())
+    return torch.cat(sums).cpu().numpy().tobytes()
 
 
 def _top_bits(words: Tensor) -> Tensor:

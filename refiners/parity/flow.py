@@ -108,6 +108,8 @@ def not_given(ours: Operation, theirs: Operation) -> str:
         return ""
     here, there = _arguments(ours), _arguments(theirs)
     apart = [name for name in {**there, **here} if type(here.get(name)) is not type(there.get(name))]
+    if default_scale(ours) == here.get("scale", there.get("scale")):
+        apart = [name for name in apart if name != "scale"]  # given on one side, and the default on the other
     is_one = len(apart) == 1 and isinstance(there.get(apart[0]), _Tensor) and apart[0] not in here
     return f"when in `{name_of(ours)}` {_argument(apart[0], None, there[apart[0]])}" if is_one else ""
 

@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from refiners.errors import ParityError
+from refiners.parity.case import Case
 from refiners.parity.commands import DEFAULT_MODULES, collect
 from refiners.parity.equivalent import load_equivalents
 from refiners.parity.kills import Family, Progress, Settings, hunt, require_case
+from refiners.parity.ledger import Ledger
 from refiners.parity.mutate import How
 from refiners.parity.operators import OPERATORS
 
@@ -29,6 +31,7 @@ def run_mutants(
     every_case: bool = False,
     json_path: Path | None = None,
     equivalents_path: Path | None = None,
+    ledger_path: Path | None = None,
     console: Console | None = None,
 ) -> int:
     """Plants faults in the ports of some cases, and prints how many of them the cases tell.
@@ -42,18 +45,19 @@ def run_mutants(
         every_case: goes on planting faults that another case has killed, and tells what each case earns.
         json_path: where to write everything.
         equivalents_path: the claims about mutants that are no faults.
+        ledger_path: cases that it excuses from being BITWISE are left out: a mutant would hide in what it excuses.
 
     Returns:
         0 when enough faults were killed and nothing is wrong with the run, 1 when not.
 
     Raises:
-        ParityError: an unreadable file, or no case to run.
+        ParityError: an unreadable file, no case to run, or none that the ledger does not excuse.
     """
     console = console or Console()
     registry = collect(modules)
     if not registry.cases:
         raise ParityError("\n".join(registry.problems))
-    cases = require_case(registry.cases, keyword)
+    cases = _without_excused(require_case(registry.cases, keyword), ledger_path, console)
     settings = Settings(
         budget=budget,
         seed=seed,
@@ -65,12 +69,23 @@ def run_mutants(
     families = hunt(cases, settings, _printed_progress(console))
     if json_path:
         document = {"operators": {name: one.what for name, one in OPERATORS.items()}, "seed": seed, "budget": budget}
-        found = [family.to_json(earned=every_case) for family in families]
-        json_path.write_text(json.dumps({**document, "families": found}, indent=1) + "\n", encoding="utf-8")
+        tables = [family.to_json(earned=every_case) for family in families]
+        json_path.write_text(json.dumps({**document, "families": tables}, indent=1) + "\n", encoding="utf-8")
     _print_report(console, families, every_case=every_case)
     for problem in registry.problems:
         console.print(Text(f"✗ {problem}", style="red"))
     return 0 if not registry.problems and all(map(_is_enough, families)) else 1
+
+
+def _without_excused(cases: Sequence[Case], ledger_path: Path | None, console: Console) -> list[Case]:
+    excused = {name for name, _ in Ledger.load(ledger_path).lines} if ledger_path else set[str]()
+    for case in cases:
+        if case.id in excused:
+            console.print(Text(f"{case.id} is left out: the ledger has it as other than BITWISE", style="dim"))
+    kept = [case for case in cases if case.id not in excused]
+    if not kept:
+        raise ParityError(f"The ledger excuses {', '.join(excused)} from being BITWISE: plant faults in another case.")
+    return kept
 
 
 def _is_enough(family: Family) -> bool:

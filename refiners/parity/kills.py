@@ -245,7 +245,8 @@ class _Hunt:
             if all(self._is_done(case, fault, tried) for fault in self.family.open):
                 continue
             for built in self._benches(case):
-                wanted = [m for m in built.mutants_of_lane() if m.fault in self.family.open]
+                left = self.family.open
+                wanted = [m for m in built.mutants_of_lane() if m.fault in left]
                 wanted = [m for m in wanted if (case.id, built.lane.name, m.fault) not in tried]
                 self._try(built, wanted, until)
 

@@ -1,6 +1,5 @@
 """What a trace is made of: operations with the module, the line and the numbers of the values they read and write."""
 
-import itertools
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""What most arguments are that are no tensors, asked for first."""
+_PLAIN = frozenset({int, float, str, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+"""What most arguments are that are no tensors, asked for first: a trace asks this of everything a model computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +38,31 @@ class Slot:
     place: int
 
 
-def template_of(args: Any, kwargs: Any) -> Any:
-    """Arguments without their tensors."""
-    places = itertools.count()
-    return fill_template((args, kwargs), Tensor, lambda _: Slot(next(places)))
+def taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], Any]:
+    """The tensors among arguments, in order, and the arguments with a `Slot` in place of each."""
+    found: list[Tensor] = []
+    return found, (_slotted(args, found), _slotted(kwargs, found) if kwargs else {})
+
+
+def _slotted(value: Any, found: list[Tensor]) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        found.append(value)
+        return Slot(len(found) - 1)
+    if isinstance(value, list | tuple):
+        slotted = [_slotted(item, found) for item in cast(Sequence[Any], value)]
+        return slotted if isinstance(value, list) else tuple(slotted)
+    if isinstance(value, Mapping):
+        return {key: _slotted(item, found) for key, item in cast(Mapping[Any, Any], value).items()}
+    return value
 
 
 def fill_template(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """The same nesting of dicts, lists and tuples with every object of a kind replaced."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, list | tuple):
         filled = [fill_template(item, kind, function) for item in cast(Sequence[Any], value)]
@@ -166,7 +179,7 @@ def _gather(value: Any, found: list[Tensor]) -> None:
     elif isinstance(value, list | tuple):
         for item in cast(Sequence[Any], value):
             _gather(item, found)
-    elif not isinstance(value, _PLAIN) and isinstance(value, Mapping):
+    elif type(value) not in _PLAIN and isinstance(value, Mapping):
         for item in cast(Mapping[Any, Any], value).values():
             _gather(item, found)
 

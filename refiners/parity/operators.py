@@ -151,7 +151,7 @@ def repeat(site: Site) -> Ways:
         yield "", with_forward(site.module, lambda original, x: original(original(x)))
 
 
-@operator("swap-order")
+@operator("swap-order", lanes="half")
 def swap_order(site: Site) -> Ways:
     """Two neighbours stand in each other's place."""
     children, parent = siblings(site), site.parent
@@ -318,13 +318,13 @@ _NOT_HERE = frozenset((*_HANDED_ON, "num_heads", "num_groups", "groups", "kernel
 """Those, and what other operators spoil."""
 
 
-@operator("attribute")
+@operator("attribute", lanes="half")
 def attribute(site: Site) -> Ways:
     """A number or a switch of a node is another."""
     if not (site.is_leaf or isinstance(site.module, Concatenate)):
         return
     names = site.seen.reads if site.is_leaf else {"dim"}
-    for name, value in site.module.__dict__.items():
+    for name, value in list(site.module.__dict__.items()):  # an edit may add to them meanwhile
         if name not in names or name in _NOT_HERE:
             continue
         if isinstance(value, bool):

@@ -58,11 +58,15 @@ def with_attribute(module: nn.Module, name: str, value: Any) -> Edit:
     def edit() -> Undo:
         before, held = getattr(module, name), dict(module.__dict__)
         setattr(module, name, value)
-        changed = [key for key, value in held.items() if module.__dict__.get(key) is not value]
+        changed = [key for key, own in module.__dict__.items() if key not in held or held[key] is not own]
 
         def undo() -> None:
             setattr(module, name, before)
-            module.__dict__.update({key: held[key] for key in changed})  # what was made of it as well, as a tensor is
+            for key in changed:  # what was made of it as well, as a tensor is
+                if key in held:
+                    module.__dict__[key] = held[key]
+                else:
+                    module.__dict__.pop(key, None)
 
         return undo
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -35,84 +36,17 @@ from refiners.parity.torch_state import seed_torch
 from refiners.parity.trace import record
 
 _MOVES = frozenset(
-    [
-        "clone",
-        "copy_",
-        "copy",
-        "contiguous",
-        "cat",
-        "stack",
-        "index",
-        "index_select",
-        "gather",
-        "scatter",
-        "index_put",
-        "index_put_",
-        "take_along_dim",
-        "take",
-        "embedding",
-        "repeat",
-        "repeat_interleave",
-        "roll",
-        "flip",
-        "constant_pad_nd",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "reflection_pad3d",
-        "replication_pad1d",
-        "replication_pad2d",
-        "replication_pad3d",
-        "where",
-        "masked_fill",
-        "masked_fill_",
-        "masked_select",
-        "tril",
-        "triu",
-        "select_scatter",
-        "slice_scatter",
-        "unfold",
-        "im2col",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "_unsafe_view",
-        "_reshape_alias",
-        "_reshape_copy",
-        "lift_fresh",
-        "_to_copy",
-        "expand_copy",
-        "fill_",
-        "zero_",
-        "full",
-        "zeros",
-        "ones",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "new_empty_strided",
-        "full_like",
-        "zeros_like",
-        "ones_like",
-        "new_full",
-        "new_zeros",
-        "new_ones",
-        "arange",
-        "scalar_tensor",
-        "eye",
-        "tril_indices",
-        "triu_indices",
-        "resize_",
-        "set_",
-        "_local_scalar_dense",
-        "detach",
-        "alias",
-        "bernoulli_",
-        "split_with_sizes_copy",
-    ]
+    {"clone", "copy_", "copy", "contiguous", "cat", "stack", "index", "index_select", "gather", "scatter"}
+    | {"index_put", "index_put_", "take_along_dim", "take", "embedding", "repeat", "repeat_interleave", "roll"}
+    | {"flip", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"}
+    | {"replication_pad2d", "replication_pad3d", "where", "masked_fill", "masked_fill_", "masked_select", "tril"}
+    | {"triu", "select_scatter", "slice_scatter", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle"}
+    | {"channel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_unsafe_view"}
+    | {"_reshape_alias", "_reshape_copy", "lift_fresh", "_to_copy", "expand_copy", "fill_", "zero_", "full", "zeros"}
+    | {"ones", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "full_like", "zeros_like"}
+    | {"ones_like", "new_full", "new_zeros", "new_ones", "arange", "scalar_tensor", "eye", "tril_indices"}
+    | {"triu_indices", "resize_", "set_", "_local_scalar_dense", "detach", "alias", "bernoulli_"}
+    | {"split_with_sizes_copy"}
 )
 """Operations that compute no number: they move numbers, or make them of nothing."""
 
@@ -145,12 +79,16 @@ class Mismatch:
 
 def kinds_of(operation: Operation) -> frozenset[Kind]:
     """In which dtypes an operation computes, and how it narrows; nothing for a view or a move."""
-    given, made = operation.given, operation.made
+    return _kinds_of(operation.name, operation.given, operation.made, operation.is_view)
+
+
+@cache
+def _kinds_of(name: str, given: tuple[torch.dtype, ...], made: torch.dtype | None, is_view: bool) -> frozenset[Kind]:
     widest = max(given, key=_width, default=None)
     narrows = widest is not None and made is not None and made != widest and _width(made) <= _width(widest)
     rounded = [Kind(_name(widest), _name(made))] if narrows and widest is not None and made is not None else []
-    if operation.is_view or operation.name.removeprefix("aten.") in _MOVES:
-        return frozenset(rounded if "copy" in operation.name else [])
+    if is_view or name.removeprefix("aten.") in _MOVES:
+        return frozenset(rounded if "copy" in name else [])
     if widest is None and made is None:
         return frozenset()
     computes = max((dtype for dtype in (widest, made) if dtype is not None), key=_width)

@@ -18,9 +18,9 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 import refiners.fluxion.layers as fl
-from refiners.parity.diagnose import Session
 from refiners.parity.localise import Finding
 from refiners.parity.modules import named_modules, own_state
+from refiners.parity.session import Session
 from refiners.parity.teacher import Point, Where
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 SECONDS = 2.0
 """Of the processor, for all arrangements."""
 LEAST = 2
-"""Findings that an arrangement has to settle: one is told by itself."""
+"""Findings that an arrangement has to settle to be told before all else."""
 
 Place = tuple[str, str, int]
 """What is compared, of which leaf of upstream, in which of its calls."""
@@ -44,41 +44,50 @@ class Arrangement:
     """Completing "equal …"."""
     path: str
     """Of the first node that is moved."""
+    beside: str
+    """Of the node that it is moved around, or exchanged with: it could as well be that one which stands wrong."""
     children: Children
 
 
-def rearranged(findings: Sequence[Finding], session: Session) -> tuple[list[tuple[Finding, str]], list[Finding]]:
+def rearranged(
+    findings: Sequence[Finding], session: Session, *, least: int = LEAST
+) -> tuple[list[tuple[Finding, str]], list[Finding]]:
     """Findings that one arrangement settles, as one; and those that are left.
 
     Receives:
         findings: of a forced run.
         session: the models.
+        least: the number of findings that an arrangement has to settle.
 
     Returns:
         A finding with its diagnosis for each arrangement, which was run; then the others, in their order.
     """
     told: list[tuple[Finding, str]] = []
     left, until = list(findings), time.thread_time() + SECONDS
-    while len(left) >= LEAST and (best := _best(left, session, until)) is not None:
+    while len(left) >= least and (best := _best(left, session, until, least)) is not None:
         arrangement, settled = best
         shown = next(finding for finding in left if finding in settled)
-        made = replace(shown, port=arrangement.path, is_leaf=False, others=(), suspects=(), passed_on=None)
+        made = replace(
+            shown, port=arrangement.path, is_leaf=False, others=(), suspects=(arrangement.beside,), passed_on=None
+        )
         told.append((made, arrangement.text))
         left = [finding for finding in left if finding not in settled]
     return told, left
 
 
-def _best(findings: Sequence[Finding], session: Session, until: float) -> tuple[Arrangement, list[Finding]] | None:
+def _best(
+    findings: Sequence[Finding], session: Session, until: float, least: int
+) -> tuple[Arrangement, list[Finding]] | None:
     places = {place_of(point) for point in session.points() if not point.agrees}
     best: tuple[Arrangement, list[Finding]] | None = None
-    for arrangement in _arrangements(findings, session):
+    for arrangement in _arrangements(session):
         if session.is_late() or time.thread_time() > until:
             break
         wrong = _wrong_with(arrangement, session)
         if wrong is None or not wrong < places:
             continue
         settled = [finding for finding in findings if not wrong & _places_of(finding)]
-        if len(settled) >= max(LEAST, len(best[1]) + 1 if best else 0):
+        if len(settled) >= max(least, len(best[1]) + 1 if best else 0):
             best = arrangement, settled
         if len(settled) == len(findings):
             break
@@ -128,14 +137,14 @@ def _arranged(children: Children) -> Generator[None, None, None]:
 # Arrangements
 
 
-def _arrangements(findings: Sequence[Finding], session: Session) -> Iterator[Arrangement]:
+def _arrangements(session: Session) -> Iterator[Arrangement]:
     """Those of all layers at once before those of one."""
     modules = dict(named_modules(session.port))
-    wrong = (p.port for p in session.points() if p.where is Where.RECEIVES and not p.agrees)
-    leaves = [path for path in dict.fromkeys(wrong) if path in modules]
+    wrong = {point.port for point in session.points() if point.where is Where.RECEIVES and not point.agrees}
+    leaves = [path for path in modules if path in wrong]
     for pairs in _groups(_alike(leaves, modules), _role_of_pair):
         yield _exchanged(pairs, modules)
-    movable = dict.fromkeys(path for leaf in leaves for path in (leaf, *_beside(leaf, modules)))
+    movable = dict.fromkeys(path for leaf in leaves for path in (leaf, *_beside(leaf, session, modules)))
     for paths in _groups(list(movable), _role):
         for move in _MOVES:
             made = _moved(paths, move, modules)
@@ -181,7 +190,7 @@ def _exchanged(pairs: Sequence[tuple[str, str]], modules: dict[str, nn.Module]) 
         first[i], second[j] = second[j], first[i]
     a, b = pairs[0]
     more = f" (and {len(pairs) - 1} more such pairs)" if len(pairs) > 1 else ""
-    return Arrangement(f"when `{a}` and `{b}` are exchanged{more}: each runs where the other should", a, children)
+    return Arrangement(f"when `{a}` and `{b}` are exchanged{more}: each runs where the other should", a, b, children)
 
 
 def _place(path: str, modules: dict[str, nn.Module], children: Children) -> tuple[list[nn.Module | None], int]:
@@ -196,18 +205,15 @@ def _children(owner: str, modules: dict[str, nn.Module], children: Children) -> 
     return children.setdefault(id(node), (node, list(held.values())))[1]
 
 
-def _beside(path: str, modules: dict[str, nn.Module]) -> list[str]:
-    """The leaves without weights that run beside a leaf: they may stand at the wrong place as well."""
-    owner = path.rpartition(".")[0]
-    if not _runs_in_order(modules[owner]):
-        return []
-    prefix = f"{owner}." if owner else ""
-    names = [name for name, _ in modules[owner].named_children()]
-    return [f"{prefix}{name}" for name in names if not _holds(modules[f"{prefix}{name}"])]
-
-
-def _holds(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) or bool(own_state(module))
+def _beside(path: str, session: Session, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """The leaves without a pair that run beside a leaf, or beside the node that holds it: they may stand wrong too."""
+    for _ in range(2):
+        path = path.rpartition(".")[0]
+        if _runs_in_order(modules[path]):
+            names = (f"{path}.{name}" if path else name for name, _ in modules[path].named_children())
+            yield from (
+                one for one in names if one not in session.pairing and not any(True for _ in modules[one].children())
+            )
 
 
 def _runs_in_order(module: nn.Module) -> bool:
@@ -231,56 +237,58 @@ class _Move:
 
 
 _MOVES = (
-    _Move("behind {node}, not inside of it", out=1),
-    _Move("in front of {node}, not inside of it", out=0),
-    _Move("inside of {beside}, at its start", into=(-1, 0)),
-    _Move("inside of {beside}, at its start", into=(1, 0)),
-    _Move("inside of {beside}, at its end", into=(-1, 1)),
-    _Move("inside of {beside}, at its end", into=(1, 1)),
-    _Move("behind {beside}", step=1),
-    _Move("in front of {beside}", step=-1),
-    _Move("behind {beside}", step=2),
-    _Move("in front of {beside}", step=-2),
+    _Move("behind {}, not inside of it", out=1),
+    _Move("in front of {}, not inside of it", out=0),
+    _Move("inside of {}, at its start", into=(-1, 0)),
+    _Move("inside of {}, at its start", into=(1, 0)),
+    _Move("inside of {}, at its end", into=(-1, 1)),
+    _Move("inside of {}, at its end", into=(1, 1)),
+    _Move("behind {}", step=1),
+    _Move("in front of {}", step=-1),
+    _Move("behind {}", step=2),
+    _Move("in front of {}", step=-2),
 )
 
 
 def _moved(paths: Sequence[str], move: _Move, modules: dict[str, nn.Module]) -> Arrangement | None:
     """Leaves elsewhere, all in one way; None where one of them cannot go there."""
     children: Children = {}
-    words = [_move_one(path, move, modules, children) for path in paths]
-    if not all(words):
+    moves = [_move_one(path, move, modules, children) for path in paths]
+    if None in moves or moves[0] is None:
         return None
+    words, beside = moves[0]
     more = f" (and {len(paths) - 1} more like it)" if len(paths) > 1 else ""
-    return Arrangement(f"when `{paths[0]}`{more} comes {words[0]}", paths[0], children)
+    return Arrangement(f"when `{paths[0]}`{more} comes {words}", paths[0], beside, children)
 
 
-def _move_one(path: str, move: _Move, modules: dict[str, nn.Module], children: Children) -> str:
-    """Moves a leaf; in words where it comes, "" where it cannot."""
+def _move_one(path: str, move: _Move, modules: dict[str, nn.Module], children: Children) -> tuple[str, str] | None:
+    """Moves a leaf; in words where it comes, and the node around which; None where it cannot."""
     owner = path.rpartition(".")[0]
     outer = owner.rpartition(".")[0]
     names = {id(module): name for name, module in modules.items()}
     if not _runs_in_order(modules[owner]):
-        return ""
+        return None
     inside, place = _place(path, modules, children)
     if move.out is not None:
         if not owner or not _runs_in_order(modules[outer]):
-            return ""
+            return None
         around = _children(outer, modules, children)
         around.insert(around.index(modules[owner]) + move.out, inside.pop(place))
-        return move.words.format(node=f"`{owner}`") + _of_norm(modules[path], modules[owner], is_inside=True)
+        return move.words.format(f"`{owner}`") + _of_norm(modules[path], modules[owner], is_inside=True), owner
     other = place + (move.step or (move.into[0] if move.into else 0))
     beside = inside[other] if 0 <= other < len(inside) else None
     if beside is None:
-        return ""
+        return None
+    name = names[id(beside)]
+    words = move.words.format(f"`{name}`")
     if move.into is None:
         inside.insert(other, inside.pop(place))
-        return move.words.format(beside=f"`{names[id(beside)]}`")
+        return words, name
     if not _runs_in_order(beside) or not any(True for _ in beside.children()):
-        return ""
-    there = _children(names[id(beside)], modules, children)
+        return None
+    there = _children(name, modules, children)
     there.insert(move.into[1] * len(there), inside.pop(place))
-    text = move.words.format(beside=f"`{names[id(beside)]}`")
-    return text + (_of_norm(modules[path], beside, is_inside=False) if not move.into[1] else "")
+    return words + ("" if move.into[1] else _of_norm(modules[path], beside, is_inside=False)), name
 
 
 def _of_norm(leaf: nn.Module, node: nn.Module, *, is_inside: bool) -> str:

@@ -183,10 +183,12 @@ def _own(operation: Operation, given: list[Tensor]) -> list[Tensor]:
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
-    """Torch's own kernels trust their caller, and read beyond a tensor of another shape."""
+    """Torch's own kernels trust their caller: they read beyond a tensor of another shape, and divide by a size of 0."""
     sizes = query.ndim == key.ndim == value.ndim == 4 and key.shape[:2] == value.shape[:2]
     if (
         not sizes
+        or not query.numel()
+        or not key.numel()
         or query.shape[0] != key.shape[0]
         or query.shape[1] % key.shape[1]
         or query.shape[3] != key.shape[3]

@@ -63,10 +63,15 @@ class Error:
 def typical_magnitude(truth: Tensor, *, gradient: bool) -> float:
     """The magnitude against which small elements are judged: 0.0 for a tensor without a finite element but zeros."""
     magnitudes = truth.detach().abs().to(torch.float64)
-    magnitudes = magnitudes[magnitudes.isfinite() & (magnitudes > 0)]
+    magnitudes = _picked(magnitudes, magnitudes.isfinite() & (magnitudes > 0))
     if not magnitudes.numel():
         return 0.0
     return float(magnitudes.square().mean().sqrt() if gradient else magnitudes.median())
+
+
+def _picked(values: Tensor, which: Tensor) -> Tensor:
+    """Some elements in a row. Mostly it is all of them, and then none has to be looked up."""
+    return values.flatten() if bool(which.all()) else values[which]
 
 
 def relative_error(tensor: Tensor, truth: Tensor, magnitude: float) -> Error:
@@ -80,10 +85,12 @@ def relative_error(tensor: Tensor, truth: Tensor, magnitude: float) -> Error:
     Returns:
         the error, infinite where the truth is exactly zero everywhere and the tensor is not.
     """
+    if tensor is truth:
+        return Error(0.0, 0.0, int(truth.isfinite().sum()))
     wide = torch.complex128 if truth.is_complex() else torch.float64
     given, right = tensor.detach().to(wide), truth.detach().to(wide)
     finite = given.isfinite() & right.isfinite()
-    distance, size = (given - right).abs()[finite], right.abs()[finite].clamp(min=magnitude)
+    distance, size = _picked((given - right).abs(), finite), _picked(right.abs(), finite).clamp(min=magnitude)
     if not distance.numel():
         return Error(0.0, 0.0, 0)
     errors = torch.where(distance == 0, 0.0, distance / size)

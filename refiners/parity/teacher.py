@@ -226,7 +226,7 @@ class Teacher:
     def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
         """Numbers of the port's tensors in upstream's shapes: leaves may flatten the axes they do not look at."""
         shaped = [
-            _in_layout(tensor, other.shape) if tensor.numel() == other.numel() else tensor
+            _in_layout(tensor, other.shape) if tensor.numel() == other.numel() else _unexpanded(tensor, other)
             for tensor, other in zip(actual, expected, strict=False)
         ]
         return tuple(self.values.number_of(tensor) for tensor in (*shaped, *actual[len(shaped) :]))
@@ -274,6 +274,15 @@ def _asked(leaf: nn.Module, received: list[Tensor]) -> Any:
         return None
 
 
+def _unexpanded(tensor: Tensor, other: Tensor) -> Tensor:
+    """Of whole numbers, as positions are, one row stands for the same row in each entry of a batch."""
+    if tensor.is_floating_point() or tensor.dtype != other.dtype or tensor.ndim != other.ndim:
+        return tensor
+    small, large = sorted((tensor, other), key=Tensor.numel)
+    fits = all(a in (1, b) for a, b in zip(small.shape, large.shape, strict=True))
+    return other if fits and torch.equal(small.expand_as(large), large) else tensor
+
+
 def _in_layout(tensor: Tensor, shape: torch.Size) -> Tensor:
     """A tensor in another shape; with its channels at the other end, where that is what tells the shapes apart.
 
@@ -290,11 +299,11 @@ def _in_layout(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _has_other_size(given: Any, right: list[Tensor]) -> bool:
-    """Whether a leaf receives floating tensors of another size, which it cannot be taught."""
+    """Whether a leaf receives tensors of another size, which it cannot be taught."""
     actual = tensors_in(given)
-    floating = all(tensor.is_floating_point() for tensor in (*actual, *right))
+    kinds = {tensor.is_floating_point() for tensor in (*actual, *right)}
     return (
-        floating
+        len(kinds) == 1
         and len(actual) == len(right)
         and any(t.numel() != r.numel() for t, r in zip(actual, right, strict=True))
     )

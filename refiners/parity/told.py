@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from refiners.parity.explain import Explanation, Fault
+from refiners.parity.explain import Explanation
 from refiners.parity.explained import plain
+from refiners.parity.faults import Fault
 from refiners.parity.operations import Operation
 from refiners.parity.teacher import Where
 
@@ -120,7 +121,9 @@ def tell(explanation: Explanation, lane: str, depth: Depth) -> Told:
 
 def _tell_fault(fault: Fault, port: nn.Module) -> ToldFault:
     finding, point = fault.finding, fault.finding.point
-    if point.where is Where.OUTPUT and point.shapes[1] == "nothing":
+    if point.agrees:
+        headline = "computes the same values as upstream in other dtypes"
+    elif point.where is Where.OUTPUT and point.shapes[1] == "nothing":
         headline = f"does not return the output `{point.port}`"
     elif finding.is_leaf:
         headline = "receives what upstream's leaf receives, and returns something else"

@@ -9,7 +9,10 @@ import torch
 
 def seed_torch(seed: int) -> None:
     """Seeds the generators that models draw from when they are given none."""
-    torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves its decorator untyped
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves its decorator untyped
+    else:  # without a device, torch would note the seed for one that may come, with a traceback, each time
+        torch.default_generator.manual_seed(seed)
 
 
 def forked_random_state(*, cuda: bool) -> AbstractContextManager[None]:

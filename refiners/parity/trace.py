@@ -11,16 +11,17 @@ backward pass belongs to the module and the line of the one whose gradient it co
 """
 
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from refiners.parity.fingerprint import Fingerprint, Values, fingerprint
 from refiners.parity.modules import named_modules
@@ -30,7 +31,7 @@ from refiners.parity.operations import (
     Source,
     Trace,
     floats_in,
-    template_of,
+    taken_apart,
     tensors_in,
 )
 
@@ -44,6 +45,22 @@ READ_BELOW = 1 << 20
 """Bytes below which a view of a buffer is read."""
 _engine = cast(Any, torch)._C
 _CALL_CODE = cast(Any, nn.Module)._call_impl.__code__
+
+
+class _Known:
+    """What a tracer knows of one tensor, which it does not keep alive."""
+
+    __slots__ = ("digest", "is_parameter", "number", "reference", "unread", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.reference = weakref.ref(tensor)
+        self.version = -1  # none: it was not read
+        self.number = 0
+        self.digest = b""
+        self.unread: tuple[Operation, int, int, bytes] | None = None
+        """For a view that nobody has read: what made it, which result it is, its version, its digest if known."""
+        self.is_parameter: bool | None = None
+        """None for what is neither a parameter nor a buffer, nor a view of one."""
 
 
 class Tracer(TorchDispatchMode):
@@ -71,49 +88,49 @@ class Tracer(TorchDispatchMode):
         self.kept: dict[int, Tensor] = {}
         self.stack: list[int] = []
         self._paused = False
-        self._numbers: Any = WeakIdKeyDictionary()
-        self._unread: Any = WeakIdKeyDictionary()
-        self._weights: Any = WeakIdKeyDictionary()  # by identity, as torch compares tensors by elements
+        self._of_id: dict[int, _Known] = {}
+        self._weights = list(weights)
         for weight in weights:
-            self._weights[weight] = isinstance(weight, nn.Parameter)
+            self._known(weight).is_parameter = isinstance(weight, nn.Parameter)
         self._viewed: set[int] = set()
         self._by_sequence: dict[int, int] = {}
 
+    def _known(self, tensor: Tensor) -> _Known:
+        """What is known of a tensor. Torch compares tensors by elements and Python gives an id away again."""
+        known = self._of_id.get(id(tensor))
+        if known is None or known.reference() is not tensor:
+            known = self._of_id[id(tensor)] = _Known(tensor)
+        return known
+
     def number_of(self, tensor: Tensor) -> int:
         """The number of a tensor's value, computed once for each of its versions."""
-        version = tensor._version
-        known = self._known(tensor)
-        if known is not None and known[0] == version:
-            return known[1]
+        known, version = self._known(tensor), tensor._version
+        if known.version == version:
+            return known.number
         before, self._paused = self._paused, True
-        unread = cast(tuple[Operation, int, int, bytes] | None, self._unread.pop(tensor, None))
+        unread, known.unread = known.unread, None
         try:
             digest = unread[3] if unread is not None and unread[2] == version else b""
-            if tensor in self._weights:
+            if known.is_parameter is not None:
                 number = self.values.number_of_weight(tensor)
             else:
                 key = Fingerprint(tensor.dtype, tuple(tensor.shape), digest) if digest else fingerprint(tensor)
                 number, digest = self.values.number_of(tensor, key), key.digest
         finally:
             self._paused = before
-        self._numbers[tensor] = (version, number, digest)
+        known.version, known.number, known.digest = version, number, digest
         if unread is not None and unread[2] == version:
             operation, place = unread[:2]
             operation.outputs = (*operation.outputs[:place], number, *operation.outputs[place + 1 :])
         return number
 
-    def _known(self, tensor: Tensor) -> tuple[int, int, bytes] | None:
-        """Version, number and digest of a tensor that was read."""
-        return self._numbers.get(tensor)
-
     def numbers_of_weights(self) -> set[int]:
         """The numbers of all weights that were read, and of their views."""
-        read = cast(Iterator[Tensor], iter(self._weights))
-        return self._viewed | {known[1] for known in map(self._known, read) if known is not None}
+        return self._viewed | {self._known(weight).number for weight in self._weights if self.has_read(weight)}
 
     def has_read(self, tensor: Tensor) -> bool:
         """Whether some operation read a tensor, or a view of it."""
-        return self._known(tensor) is not None
+        return self._known(tensor).version >= 0
 
     def numbers_in(self, value: Any) -> tuple[int, ...]:
         """The numbers of all tensors of a nesting."""
@@ -127,8 +144,8 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        is_view = bool(func.is_view)
-        given = tensors_in((args, kwargs))
+        name, is_view, is_mutable = _facts_of(func)
+        given, template = taken_apart(args, kwargs)
         inputs = () if is_view else tuple(map(self.number_of, given))
         origin = self._origin()
         self._keep(inputs, given)
@@ -136,7 +153,7 @@ class Tracer(TorchDispatchMode):
         results = tensors_in(result)
         operation = Operation(
             index=len(self.trace.operations),
-            name=str(func).rsplit(".", 1)[0],
+            name=name,
             call=origin.call if origin else self.stack[-1] if self.stack else -1,
             source=origin.source if origin else self._source(),
             inputs=inputs,
@@ -147,7 +164,7 @@ class Tracer(TorchDispatchMode):
             is_view=is_view,
             backward_of=origin.index if origin else None,
             function=func,
-            template=template_of(args, kwargs),
+            template=template,
         )
         self.trace.operations.append(operation)
         if is_view:
@@ -155,11 +172,11 @@ class Tracer(TorchDispatchMode):
             self._keep(operation.inputs, given)
         elif "empty" in operation.name:
             pass  # what lies in memory by chance is no value
-        elif func._schema.is_mutable:
+        elif is_mutable:
             # Autograd counts the new version after this returns: what is cached now would be taken for the old one.
             operation.outputs = tuple(self.values.number_of(tensor) for tensor in results)
             for tensor in results:
-                self._numbers.pop(tensor, None)
+                self._known(tensor).version = -1
         else:
             operation.outputs = tuple(self.number_of(tensor) for tensor in results)
         self._keep(operation.outputs, results)
@@ -183,16 +200,17 @@ class Tracer(TorchDispatchMode):
 
     def _take_view(self, operation: Operation, base: Tensor, views: list[Tensor]) -> None:
         """A view is fingerprinted when it is read. Views of views are one operation; those of weights are weights."""
-        if base in self._weights:
+        known = self._known(base)
+        if known.is_parameter is not None:
             for place, view in enumerate(views):
                 number = self._number_of_view(operation, base, view, place)
-                self._numbers[view] = (view._version, number, b"")
-                self._weights[view] = self._weights[base]
+                of_view = self._known(view)
+                of_view.version, of_view.number, of_view.is_parameter = view._version, number, known.is_parameter
                 self._viewed.add(number)
             operation.inputs = (self.number_of(base),)
             operation.outputs = self.numbers_in(views)
             return
-        unread = cast(tuple[Operation, int, int, bytes] | None, self._unread.get(base))
+        unread = known.unread
         if unread is not None and unread[2] == base._version:
             before, digest = unread[0], unread[3]
             operation.inputs = before.inputs
@@ -200,17 +218,17 @@ class Tracer(TorchDispatchMode):
             operation.before = before
         else:
             operation.inputs = (self.number_of(base),)
-            known = self._known(base)
-            digest = known[2] if known is not None else b""
+            digest = known.digest
         for place, view in enumerate(views):
-            self._unread[view] = (operation, place, view._version, digest if _holds_all(view, base) else b"")
+            own = digest if _holds_all(view, base) else b""
+            self._known(view).unread = (operation, place, view._version, own)
         if self.read_views:
             _ = self.numbers_in(views)
 
     def _number_of_view(self, operation: Operation, base: Tensor, view: Tensor, place: int) -> int:
         """A part of a table in a buffer is read, as the other side may compute it; a part of a weight is not."""
         number = self.number_of(base)
-        if self._weights[base] or view.nbytes >= READ_BELOW:
+        if self._known(base).is_parameter or view.nbytes >= READ_BELOW:
             return self.values.number_of_view(number, operation.name, operation.arguments, place)
         before, self._paused = self._paused, True
         try:
@@ -225,20 +243,32 @@ class Tracer(TorchDispatchMode):
         frame: FrameType | None = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]  # no public way
         while frame is not None:
             code = frame.f_code
-            file = code.co_filename
             if code is _CALL_CODE:
                 depth -= 1
                 if depth <= 0:
                     return fallback
-            elif file.startswith(_FLUXION):
-                if file not in _MACHINERY:
-                    fallback = fallback or Source(file, frame.f_lineno)
-            elif file.startswith(_TORCH_LAYERS) and file != _CALLS:
-                fallback = fallback or Source(file, frame.f_lineno)
-            elif not file.startswith((_TORCH, _OURS, "<")) and self.stack:
-                return Source(file, frame.f_lineno)
+            elif (room := _room_of(code.co_filename)) == "layer":
+                fallback = fallback or Source(code.co_filename, frame.f_lineno)
+            elif room == "model" and self.stack:
+                return Source(code.co_filename, frame.f_lineno)
             frame = frame.f_back
         return fallback
+
+
+@cache
+def _facts_of(function: Any) -> tuple[str, bool, bool]:
+    """Of an operation of torch: its name, whether its results are views, whether it writes into its arguments."""
+    return str(function).rsplit(".", 1)[0], bool(function.is_view), bool(function._schema.is_mutable)
+
+
+@cache
+def _room_of(file: str) -> Literal["layer", "model", "machinery"]:
+    """Whose code a file holds: a layer's, of torch or of ours, a model's, or nobody's that asks for operations."""
+    if file.startswith(_FLUXION):
+        return "machinery" if file in _MACHINERY else "layer"
+    if file.startswith(_TORCH_LAYERS) and file != _CALLS:
+        return "layer"
+    return "machinery" if file.startswith((_TORCH, _OURS, "<")) else "model"
 
 
 def _holds_all(view: Tensor, base: Tensor) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from refiners.parity.operations import Operation
 from refiners.parity.replay import HUGE, Edit, Program, is_close
 
 MOVED_BY = 0.3
@@ -47,6 +48,8 @@ class Trial:
 
     def __init__(self, port: Program, upstream: Program) -> None:
         self.port, self.upstream = port, upstream
+        self.touched: list[Operation] = []
+        """Where in the port the last change that held is: for one of upstream, what makes the value."""
         again = redrawn(port, upstream)
         self.draws = [(port, upstream)] if again is None else [(port, upstream), again]
 
@@ -55,19 +58,30 @@ class Trial:
         until, worked = _UNTIL.get()
         if time.monotonic() > until or time.thread_time() > worked:
             raise TimeoutError
-        return all(_makes(making, *(draw[::-1] if of_upstream else draw)) for draw in self.draws)
+        holds = all(_makes(making, *(draw[::-1] if of_upstream else draw)) for draw in self.draws)
+        if holds:
+            edited = self.port.operations[-1:] if of_upstream else _touched(making(self.port, self.upstream), self.port)
+            self.touched[:] = edited
+        return holds
 
     def part(self, ours: int, theirs: int) -> "Trial":
         """The same up to other values."""
-        return PartOfTrial([(port.part(ours), upstream.part(theirs)) for port, upstream in self.draws])
+        return PartOfTrial([(port.part(ours), upstream.part(theirs)) for port, upstream in self.draws], self.touched)
 
 
 class PartOfTrial(Trial):
     """A trial of parts of the programs."""
 
-    def __init__(self, draws: list[tuple[Program, Program]]) -> None:
+    def __init__(self, draws: list[tuple[Program, Program]], touched: list[Operation]) -> None:
         self.port, self.upstream = draws[0]
-        self.draws = draws
+        self.draws, self.touched = draws, touched
+
+
+def _touched(edit: Edit, program: Program) -> list[Operation]:
+    """The operations that an edit changes, or what they make or read; none where it puts another value at the end."""
+    indices = {*edit.changes, *(index for index, _ in edit.reads)}
+    makers = [program.made[number][0] for number in edit.values if number in program.made and number != program.root]
+    return [*(operation for operation in program.operations if operation.index in indices), *makers]
 
 
 def _makes(making: Making, changed: Program, right: Program) -> bool:
@@ -87,7 +101,7 @@ def redrawn(port: Program, upstream: Program) -> tuple[Program, Program] | None:
         ValueError: each side starts from a value that the other one makes.
     """
     given = {**port.given, **upstream.given}
-    varies = _Varies(port, upstream)
+    varies = Varies(port, upstream)
     fresh = {
         number: _moved(tensor)
         for number, tensor in given.items()
@@ -118,7 +132,7 @@ def _moved(tensor: Tensor) -> Tensor:
     return torch.where(wide.abs() < HUGE, wide * (1 + MOVED_BY * (4 * uniform - 2)), wide)
 
 
-class _Varies:
+class Varies:
     """Whether a value depends on weights that are learnt, or on what the model is given."""
 
     def __init__(self, *programs: Program) -> None:

@@ -5,7 +5,7 @@ So the words are told if the port, on values in the other order, makes upstream'
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +49,18 @@ def _rolled(leaves: Sequence[int], root: int, shape: torch.Size, by: int) -> Mak
 
     def making(port: Program, upstream: Program) -> Edit:
         pieces = [port.values[leaf] for leaf in leaves]
-        rolled = torch.cat(pieces, -1).roll(-by, -1).split([piece.shape[-1] for piece in pieces], -1)
-        values = {leaf: lambda _, piece=piece: piece for leaf, piece in zip(leaves, rolled, strict=True)}
-        return Edit(values={**values, root: lambda x: x.reshape(shape).roll(by, -1)})
+        values: dict[int, Callable[[Tensor], Tensor]] = {root: lambda x: x.reshape(shape).roll(by, -1)}
+        rolled, start = torch.cat(pieces, -1).roll(-by, -1), 0
+        for leaf, piece in zip(leaves, pieces, strict=True):
+            values[leaf] = _constantly(rolled.narrow(-1, start, piece.shape[-1]))
+            start += piece.shape[-1]
+        return Edit(values=values)
 
     return making
+
+
+def _constantly(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
 
 
 def _whole_rows(part: Trial) -> Iterator[tuple[tuple[int, ...], int]]:

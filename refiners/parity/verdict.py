@@ -60,12 +60,10 @@ def compare(pair: Pair, truth: Tensor | None, *, noise_magnitude: float | None =
         fault = _beyond_rounding(ours, theirs, numeric)
     if numeric:
         right = truth if truth is not None and truth.shape == ours.shape else None
-        scale = ours if right is None else right
-        magnitude = (
-            rounding.typical_magnitude(scale, gradient=pair.kind.is_gradient)
-            if noise_magnitude is None
-            else noise_magnitude
-        )
+        magnitude = noise_magnitude or 0.0
+        if noise_magnitude is None and not (bitwise and (right is None or right is ours)):  # else nothing is divided
+            scale = ours if right is None else right
+            magnitude = rounding.typical_magnitude(scale, gradient=pair.kind.is_gradient)
         difference = None if bitwise else rounding.relative_error(theirs, ours, magnitude)
         if right is not None:
             upstream_error = rounding.relative_error(ours, right, magnitude)

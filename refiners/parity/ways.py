@@ -80,6 +80,11 @@ _SHAPES = frozenset(
 )
 
 
+def gives_shape(operation: Operation) -> bool:
+    """Whether an operation computes nothing, and gives values another shape or order, or repeats them."""
+    return operation.is_view or operation.name.removeprefix("aten.").split(" ")[-1] in _SHAPES
+
+
 def passes_on(here: Walk, there: Walk) -> int | None:
     """The one value that the port only takes a view of, where upstream computes something with it first."""
     read = {number for operation in here.frontier for number in operation.inputs}

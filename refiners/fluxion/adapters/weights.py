@@ -5,7 +5,7 @@ model is the tree without its injected adapters, each replaced by its target. It
 key by key, so a checkpoint of the base is saved and loaded while adapters are in.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -67,6 +67,26 @@ def paths_of(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Modu
             if id(child) in wanted or (id(child) in above if isinstance(child, Slots) else vars(child)["_modules"]):
                 waiting.append((f"{prefix}{name}", child))
     return paths
+
+
+class PathFinder:
+    """Follows paths from its top, and reads the children of each module on the way once."""
+
+    def __init__(self, top: nn.Module, read: Callable[[nn.Module], list[tuple[str, nn.Module]]]) -> None:
+        self.top = top
+        self.read = read
+        self.known: dict[int, dict[str, nn.Module]] = {}
+
+    def find(self, path: str) -> nn.Module | None:
+        """The module of a path, or None. That of "" is the top."""
+        module: nn.Module | None = self.top
+        for key in path.split(".") if path else ():
+            if module is None:
+                break
+            if id(module) not in self.known:
+                self.known[id(module)] = dict(self.read(module))
+            module = self.known[id(module)].get(key)
+        return module
 
 
 def base_state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class Adapter(Generic[T]):
     _is_injected = False
     # Injected on a target that is nobody's child.
     _is_root = False
+    # Whether another adapter was ever injected on this one, which then has it as its target.
+    _is_adapted = False
     # Copies of this adapter in the other places of a target that a tree holds several times.
     _twins: "tuple[Adapter[T], ...]" = ()
 
@@ -148,6 +150,8 @@ class Adapter(Generic[T]):
                     f"two: eject it first, inject {chain}, and inject it again."
                 )
         _set(self, "_is_injected", True)
+        if is_adapter(target):
+            _set(target, "_is_adapted", True)
         if not places:
             self._become_parent(cast(Any, target))
             return self
@@ -156,7 +160,8 @@ class Adapter(Generic[T]):
             _put(place, target, adapter)
         for copied in copies:
             _set(copied, "_is_injected", True)
-        _set(self, "_twins", tuple(copies))
+        if copies:
+            _set(self, "_twins", tuple(copies))
         return self
 
     @all_or_nothing
@@ -169,10 +174,11 @@ class Adapter(Generic[T]):
         chain = self._as_chain()
         if not self._is_injected:
             raise AdapterError(f"{chain} is not in any tree, so it cannot be ejected. Inject it first.")
-        for twin in self._twins:
-            if twin.is_injected:
-                twin.eject()
-        _set(self, "_twins", None)
+        if self._twins:
+            for twin in self._twins:
+                if twin.is_injected:
+                    twin.eject()
+            _set(self, "_twins", None)
         self._eject_from_place(chain)
         _set(self, "_is_injected", False)
 
@@ -181,7 +187,7 @@ class Adapter(Generic[T]):
         return self
 
     def _eject_from_place(self, chain: Chain) -> None:
-        target = cast(nn.Module, self.target)
+        target = cast(nn.Module, self._target)
         parent = chain.parent
         if parent is None and not self._is_root:
             raise AdapterError(
@@ -193,20 +199,20 @@ class Adapter(Generic[T]):
             chain.ensure_find_parent(top).replace_everywhere(top, target)
         if parent is not None:
             parent.replace_everywhere(chain, top)
-        _set_parent(chain, None)
-        _set_parent(top, parent)
-        _set(top, "_replaced_by", None)
+        _set(chain, "_parent", None)
+        if isinstance(top, ContextModule):
+            _set_parent(top, parent)
+            _set(top, "_replaced_by", None)
         if self._is_root:
             _set(chain, "_is_root", None)
             is_held = parent is not None and parent.has_slot_of(top)
             self._pass_root_on(_base_of(target), None if is_held else top)
-        # As `get_parents`, without a list: an adapter is ejected from deep in a tree, and often many are.
-        outer: Any = parent
-        while outer is not None:
-            above, link = outer, outer._parent
-            if isinstance(above, Adapter) and above._target is chain:
-                _set(above, "_target", top)
-            outer = None if link is None else link()
+        if self._is_adapted:  # as a rule it is not, and need not climb from deep in the tree
+            for above in [] if parent is None else [parent, *parent.get_parents()]:
+                if is_adapter(above) and above.adapts(chain):
+                    _set(above, "_target", top)
+                    if is_adapter(top):
+                        _set(top, "_is_adapted", True)
 
     def _outermost(self, target: nn.Module) -> nn.Module:
         """What was injected around the target later, or the target itself."""

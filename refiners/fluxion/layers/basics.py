@@ -279,16 +279,19 @@ class Multiply(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("scale", "bias"):
             return super().__setattr__(name, value)
-        if not isinstance(value, Real):
+        if type(value) is not float and not isinstance(value, Real):  # the second takes its time
             raise InputError(
                 f"Multiply.{name} is a number, got {type(value).__name__}. For a tensor with one element use "
                 f"{name}.item(); for a learned factor use fl.Parameter."
             )
         # A new tensor rather than a new value in the old one, which a copy or another thread may be reading. On the
         # CPU whatever the default device, and past torch's __setattr__: to torch it is no part of the module.
-        number = torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
-        self.__dict__[f"_{name}_tensor"] = number
-        self.__dict__[name] = value
+        own = self.__dict__
+        if name == "scale":
+            own["_scale_tensor"] = torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
+        elif value:
+            own["_bias_tensor"] = torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
+        own[name] = value
 
     @property
     def number(self) -> Tensor:

@@ -82,15 +82,22 @@ def note_values(tensors: Iterable[Tensor]) -> None:
         if type(values) is Tensor or type(values) is Parameter:
             plain.setdefault((values.device, values.dtype), []).append(values)
         else:  # parts of a tensor that several processes share
-            note_undo(partial(values.copy_, values.clone()))
+            note_undo(partial(_copy, values, values.clone()))
     for group in plain.values():
         # All in one piece: many small pieces of fresh memory take several times as long.
         note_undo(partial(_put_back, group, torch.cat([values.reshape(-1) for values in group])))
 
 
 def _put_back(tensors: list[Tensor], before: Tensor) -> None:
-    for values, kept in zip(tensors, before.split([values.numel() for values in tensors]), strict=True):
-        values.copy_(kept.view(values.shape))
+    start = 0
+    for values in tensors:
+        end = start + values.numel()
+        _copy(values, before[start:end].view(values.shape))
+        start = end
+
+
+def _copy(values: Tensor, before: Tensor) -> None:
+    values.copy_(before)
 
 
 def _begin() -> None:

@@ -5,9 +5,9 @@ fit before it says that others do not. Here everything is checked first, and a t
 to be is taken over as it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,16 +52,31 @@ def adopt_weights(
 def _bring_to_life(module: nn.Module, weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace weights on the meta device, which cannot take a memory over. One that has several names stays one."""
     alive: dict[int, nn.Parameter] = {}
-    owners = dict(cast("Iterator[tuple[str, nn.Module]]", module.named_modules(remove_duplicate=False)))
+    owners = _modules_by_path(module) if tensors else {}
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         owner = owners[path]
         weight = weights[key]
         if isinstance(weight, nn.Parameter):
-            parameter = alive.setdefault(id(weight), nn.Parameter(tensor, requires_grad=weight.requires_grad))
-            owner.register_parameter(name, parameter)
+            parameter = alive.get(id(weight))
+            if parameter is None:
+                parameter = alive[id(weight)] = nn.Parameter(tensor, requires_grad=weight.requires_grad)
+            vars(owner)["_parameters"][name] = parameter
         else:
             setattr(owner, name, tensor)
+
+
+def _modules_by_path(module: nn.Module) -> dict[str, nn.Module]:
+    """What `named_modules` gives of each place, in a fraction of the time."""
+    found = {"": module}
+    waiting = [("", module)]
+    while waiting:
+        prefix, above = waiting.pop()
+        for name, child in above._modules.items():  # pyright: ignore[reportPrivateUsage] (`named_children` leaves some out)
+            if child is not None:
+                found[prefix + name] = child
+                waiting.append((f"{prefix}{name}.", child))
+    return found
 
 
 def _check(

@@ -29,6 +29,10 @@ TContextModule = TypeVar("TContextModule", bound="ContextModule")
 _SCALARS = (str, float, int, bool)
 # What torch.nn.Module keeps in a module's __dict__ is no attribute of a layer.
 _TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_TORCH_CONTAINERS: list[tuple[str, type[Any]]] = [
+    (key, type(value)) for key, value in vars(nn.Module()).items() if hasattr(value, "__len__")
+]
+_TORCH_VALUES = {key: value for key, value in vars(nn.Module()).items() if not hasattr(value, "__len__")}
 # What a module knows of its place in a tree is no part of the module: a copy has another place.
 _LINKS = ("_parent", "_can_refresh_parent", "_root_adapter", "_replaced_by", "_keys", "_holdings")
 
@@ -52,6 +56,13 @@ class Module(nn.Module):
     """
 
     _tag = ""
+
+    def __init__(self) -> None:
+        # What torch's own does, in half of the time: a model has a thousand of them.
+        own = self.__dict__
+        own.update(_TORCH_VALUES)
+        for name, container in _TORCH_CONTAINERS:
+            own[name] = container()
 
     if TYPE_CHECKING:  # overriding it for real would slow down every access to a weight
 

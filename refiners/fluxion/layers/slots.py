@@ -93,6 +93,8 @@ class Slots(ContextModule):
         self.__dict__.pop("_names_are_stale", None)
 
     def _rename_later(self) -> None:
+        if self._names_are_stale:
+            return
         self.__dict__["_names_are_stale"] = True
         # Few children are named after the edit: torch.compile knows a compiled model again by its names.
         if len(self.__dict__["_modules"]) <= _FEW:
@@ -157,14 +159,16 @@ class Slots(ContextModule):
         note_undo(lambda: self._restore(lambda children: [old if child is module else child for child in children]))
         modules[key] = module
         keys: dict[int, str] | None = self.__dict__.get("_keys")
+        is_gone = False
         if keys is not None:
             if len(keys) < len(modules) or id(module) in keys:  # a child occurs twice
                 del self.__dict__["_keys"]
             else:
                 del keys[id(old)]
                 keys[id(module)] = key
+                is_gone = True
         self._hold(module)
-        if self._slot_of(old) is None:
+        if is_gone or self._slot_of(old) is None:
             self.__dict__["_holdings"].pop(id(old), None)
         if type(old).__name__ != type(module).__name__:
             self._rename_later()

@@ -157,3 +157,17 @@ def test_they_compile_without_a_graph_break() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         for output, expected in zip(compiled(inputs), model(inputs), strict=True):
             assert torch.equal(output, expected)
+
+
+def test_a_function_that_sets_the_mask_and_calls_is_one_graph() -> None:
+    model = CLIPTextModelWithProjection(6, **TEXT).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, -2:] = 0
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        model.set_attention_mask(mask)
+        return model(ids)
+
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    for output, expected in zip(compiled(IDS, mask), encode(IDS, mask), strict=True):
+        assert torch.equal(output, expected)

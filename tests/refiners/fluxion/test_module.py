@@ -49,6 +49,12 @@ class Tagged(fl.Module):
     _tag = "MINE"
 
 
+def test_a_module_begins_with_what_torch_gives_each_and_shares_none_of_it() -> None:
+    own, other, expected = vars(fl.Module()), vars(fl.Module()), vars(nn.Module())
+    assert own == expected
+    assert all(own[name] is not other[name] for name, value in own.items() if isinstance(value, dict | set))
+
+
 def test_basic_attributes_are_the_public_scalars_and_their_sequences_in_the_order_they_were_set() -> None:
     assert list(Numbers(1).basic_attributes().items()) == [
         ("size", 1),

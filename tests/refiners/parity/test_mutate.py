@@ -233,6 +233,15 @@ def test_a_snapshot_names_what_changed() -> None:
     assert "LayerNorm: `bias` is another tensor" in list(snapshot.differences())
 
 
+def test_what_a_node_makes_of_an_attribute_is_restored_with_it() -> None:
+    tree = fl.Chain(fl.Multiply(2.0))
+    snapshot = Snapshot(tree)
+    undo = with_attribute(tree[0], "bias", 0.5)()
+    assert tree(torch.ones(1)).item() == 2.5
+    undo()
+    assert list(snapshot.differences()) == []
+
+
 # --- equivalent mutants -------------------------------------------------------------------------------------------
 
 
@@ -473,6 +482,18 @@ def test_the_command_runs_one_mutant_by_its_id(tmp_path: Path, monkeypatch: pyte
     assert run_mutants("cases_for_mutants", keyword="toy/tower::drop::Block_1.LayerNorm::", console=console) == 0
     with pytest.raises(ParityError, match="No case id contains"):
         run_mutants("cases_for_mutants", keyword="nothing", console=console)
+
+
+def test_a_case_that_the_ledger_excuses_has_no_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "cases_for_mutants.py").write_text(CASES)
+    ledger = tmp_path / "ledger.toml"
+    ledger.write_text(
+        '[[line]]\nid = "toy/tower"\nlane = "float64"\nverdict = "ROUNDING"\ncause = "an order"\nuntil = "never"\n'
+    )
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ParityError, match="excuses toy/tower from being BITWISE"):
+        run_mutants("cases_for_mutants", ledger_path=ledger, console=console)
 
 
 def test_operators_are_registered_once_each() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.conversion import KeyMap
-from refiners.parity import Result, Verdict
+from refiners.parity import Lane, Result, Verdict
+from refiners.parity.explain import explain
 from tests.refiners.parity.toys import Port, Upstream, make_case, result_of
 
 MESSAGE = "the same value is computed in other dtypes"
@@ -88,6 +89,15 @@ def test_the_reason_names_both_sides_and_their_lines() -> None:
     assert "test_precision.py" in upstream
     assert "`relu` bfloat16" in port
     assert "test_precision.py" in port
+
+
+def test_a_cast_that_shows_in_no_bit_is_explained_at_the_node_that_lacks_it() -> None:
+    found = explain(make_case(NoIsland, upstream=Island), Lane("bfloat16"))
+    (fault,) = found.faults
+    assert fault.finding.port == ""
+    assert "upstream's dtypes: `relu` in float32" in fault.diagnosis
+    assert "here `relu` in bfloat16" in fault.diagnosis
+    assert "computes the same values as upstream in other dtypes" in str(found)
 
 
 def test_a_norm_in_another_dtype_is_told_beside_values_that_differ() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.modules import named_modules
 from refiners.parity.weights import fill_informative
 
 LANE = Lane("float32")
@@ -85,7 +86,7 @@ class Swapped(Joined):
     is_wrong = True
 
 
-NAMES = {
+NAMES: dict[type[nn.Module], tuple[str, str]] = {
     Pre: ("Residual_1.LayerNorm", "Residual_2.LayerNorm"),
     Post: ("LayerNorm_1", "LayerNorm_2"),
 }
@@ -145,6 +146,6 @@ def test_one_arrangement_in_all_layers_is_one_line(
 
 def test_the_port_is_as_it_was() -> None:
     found = explained(Pre, is_post=True)
-    assert [path for path, _ in found.port.named_modules() if path.endswith("LayerNorm")] == [
+    assert [path for path, _ in named_modules(found.port) if path.endswith("LayerNorm")] == [
         f"Pre_{layer}.Residual_{branch}.LayerNorm" for layer in (1, 2) for branch in (1, 2)
     ]

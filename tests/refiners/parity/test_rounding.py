@@ -67,6 +67,27 @@ def test_one_huge_value_does_not_hide_an_error_elsewhere() -> None:
     assert agrees_in_float64(relative_error(truth, truth, magnitude))
 
 
+@pytest.mark.parametrize("odd", [1.0, 0.0, float("inf"), float("nan")])
+def test_an_error_does_not_depend_on_whether_elements_are_picked_or_all_are_taken(odd: float) -> None:
+    truth = torch.randn(4, 6, 5, dtype=torch.float64).mT
+    truth[0, 0, 0], more = odd, torch.tensor([0.0, float("nan")], dtype=torch.float64)
+    wrong = truth.to(torch.bfloat16)
+    longer = torch.cat((truth.flatten(), more))  # of these, some have to be picked
+    for gradient in (True, False):
+        magnitude = typical_magnitude(truth, gradient=gradient)
+        assert magnitude == typical_magnitude(longer, gradient=gradient)
+        error = relative_error(wrong, truth, magnitude)
+        assert (error.rms, error.worst) == _apart(wrong, truth, magnitude)
+        assert relative_error(truth, truth, magnitude) == relative_error(truth.clone(), truth, magnitude)
+
+
+def _apart(wrong: torch.Tensor, truth: torch.Tensor, magnitude: float) -> tuple[float, float]:
+    """Root mean square and largest error, each element by itself."""
+    finite = truth.isfinite()
+    errors = (wrong.double() - truth)[finite].abs() / truth[finite].abs().clamp(min=magnitude)
+    return float(errors.square().mean().sqrt()), float(errors.max())
+
+
 def test_one_wrong_element_among_a_million_shows_in_float64() -> None:
     truth = torch.ones(1_000_000, dtype=torch.float64)
     wrong = truth.clone()

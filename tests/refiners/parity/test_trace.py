@@ -98,6 +98,25 @@ def test_no_hook_stays_on_the_model() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Reuses(nn.Module):
+    """Gives the memory of each value back, so that the next one has its address and, in Python, its id."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x
+        for number in range(50):
+            passing = x + number
+            total = total * passing
+            del passing
+        return total
+
+
+def test_a_value_in_the_place_of_one_that_is_gone_is_another() -> None:
+    model = Reuses()
+    trace = record(model, lambda: {"y": model(torch.full((3,), 0.5))}, Values())[0]
+    sums = [operation.outputs[0] for operation in trace.operations if operation.name == "aten.add"]
+    assert len(sums) == len(set(sums)) == 50
+
+
 def forward_and_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     y = model(x)
     y.sum().backward()

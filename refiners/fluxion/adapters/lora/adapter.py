@@ -69,10 +69,13 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         total: Any = None
         dtype: Any = None
         inputs: tuple[Any, ...] = args
-        is_new = False
+        direct_layer: Any = None
         layer: Any = None
+        layers: tuple[Any, ...] = tuple(self.__dict__["_modules"].values())
+        if type(layers[-1]) is FusedLoras and layers[-1].is_live and layers[1:-1] == layers[-1].loras:
+            layers = layers[:1] + layers[-1:]  # the others run in the last one
         try:
-            for layer in tuple(self.__dict__["_modules"].values()):
+            for layer in layers:
                 is_delta = isinstance(layer, Delta)
                 if is_delta and not (layer.scaling and (layer.switch.is_on or self._runs_alone(layer))):
                     continue
@@ -93,12 +96,16 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
                     inputs = layer.inputs_from(inputs)
                     total = self._add(total, layer, call, inputs)
                 elif type(layer) is FusedLoras:
+                    # What a plain Linear has just computed, and no hook has seen, may be overwritten.
+                    is_new = direct_layer is not None and cast(Any, type(direct_layer)).forward in _PLAIN_LINEAR
                     total = call(args[0], total, is_new)
                 else:
-                    total = self._fold(total, call(*args))
-                    dtype = dtype or total.dtype
-                    # What a plain Linear has just computed, and no hook has seen.
-                    is_new = call is not layer and cast(Any, type(layer)).forward in _PLAIN_LINEAR
+                    output = call(*args)
+                    total = output if total is None and type(output) is Tensor else self._fold(total, output)
+                    output = None  # or it would live for as long as this runs
+                    if dtype is None:
+                        dtype = total.dtype
+                    direct_layer = layer if call is not layer else None
             layer = None
             return total if total.dtype == dtype else total.to(dtype)
         except PASS_THROUGH:
@@ -171,6 +178,10 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
         # No cast of each: torch.compile does not know `Delta[Any]`.
         deltas: list[Any] = [module for module in self.__dict__["_modules"].values() if isinstance(module, Delta)]
         return iter(deltas)
+
+    def has_others_than(self, lora: Delta[Any]) -> bool:
+        """Whether it holds other LoRAs beside one, or instead of it."""
+        return any(module is not lora and isinstance(module, Delta) for module in self.__dict__["_modules"].values())
 
     @property
     def names(self) -> list[str]:
@@ -269,8 +280,9 @@ class LoraAdapter(Sum, Adapter[nn.Module]):
             if self.is_fused:
                 with self._taken_apart():
                     _set_fused(self, value=False)
-            for lora in self.lora_layers:
-                unmerge_delta(self.target, lora)
+            for lora in self.__dict__["_modules"].values():
+                if isinstance(lora, Delta) and lora.switch.merged:
+                    unmerge_delta(self.target, cast("Delta[Any]", lora))
         super().eject()
 
     def _outermost(self, target: nn.Module) -> nn.Module:

@@ -4,9 +4,7 @@ A key that is the path of a layer says so by itself. Other keys say nothing, and
 compatible layer in walk order that has none of that name. The whole plan is made before the model is touched.
 """
 
-import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -15,9 +13,10 @@ from refiners.errors import AdapterError
 from refiners.fluxion.adapters.lora.adapter import LoraAdapter
 from refiners.fluxion.adapters.lora.base import Lora
 from refiners.fluxion.adapters.lora.delta import Delta
-from refiners.fluxion.adapters.weights import base_children, base_of
+from refiners.fluxion.adapters.weights import PathFinder, base_children, base_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.chain import Chain
+from refiners.fluxion.layers.garbage import nothing_is_garbage
 from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import children_of
@@ -118,22 +117,6 @@ def auto_attach_loras(
     return failed
 
 
-@contextmanager
-def nothing_is_garbage() -> Generator[None]:
-    """Keep Python from searching for garbage while many modules are built: that takes longer than building them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            if not gc.get_freeze_count():
-                # What was built counts as old at once; otherwise the next allocation would search all of it.
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
-
-
 def _attach_at(place: Place, lora: Lora[Any], target: Chain) -> LoraAdapter:
     # Another LoRA of the plan may have been attached there before.
     parent: Any = place.parent if place.layer in place.parent else place.parent.find_parent(place.layer)
@@ -162,7 +145,7 @@ def attach(lora: Delta[Any], layer: nn.Module, parent: Chain, top: Chain | None 
 
 def _layers_named(keys: Iterable[str], target: Chain) -> dict[str, nn.Module]:
     """The keys that are paths, of the base or of the tree as it is, with or without the class of the root in front."""
-    trees = [_Tree(base_of(target), base_children), _Tree(target, children_of)]
+    trees = [PathFinder(base_of(target), base_children), PathFinder(target, children_of)]
     prefix = f"{type(target).__name__}."
     named: dict[str, nn.Module] = {}
     for key in keys:
@@ -171,25 +154,6 @@ def _layers_named(keys: Iterable[str], target: Chain) -> dict[str, nn.Module]:
         if module is not None:
             named[key] = module
     return named
-
-
-class _Tree:
-    """Follows paths from its top, and reads the children of each module on the way once."""
-
-    def __init__(self, top: nn.Module, read: Callable[[nn.Module], list[tuple[str, nn.Module]]]) -> None:
-        self.top = top
-        self.read = read
-        self.known: dict[int, dict[str, nn.Module]] = {}
-
-    def find(self, path: str) -> nn.Module | None:
-        module: nn.Module | None = self.top
-        for key in path.split("."):
-            if module is None:
-                break
-            if id(module) not in self.known:
-                self.known[id(module)] = dict(self.read(module))
-            module = self.known[id(module)].get(key)
-        return module
 
 
 def _paths(target: Chain) -> dict[int, str]:

@@ -181,8 +181,15 @@ class Lora(Delta[T], Generic[T]):
         return next(reversed(self.__dict__["_modules"].values()))
 
     @property
+    def scaling(self) -> float:
+        # As `Delta` has it, in one step instead of three: it is read in each call.
+        return next(reversed(self.__dict__["_modules"].values())).scale
+
+    @property
     def _dtype_of_weights(self) -> torch.dtype:
-        return self.down.weight.dtype
+        down = next(iter(self.__dict__["_modules"].values()))
+        weight = down._parameters.get("weight")  # see WeightedModule
+        return (down.weight if weight is None else weight).dtype
 
     def delta_bias(self) -> Tensor | None:
         return self.up.bias * self.scaling if self.bias else None

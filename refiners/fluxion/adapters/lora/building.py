@@ -1,12 +1,14 @@
 """What adapters of layers are built from."""
 
-from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+from functools import cache
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from refiners.fluxion.adapters.merging import parameters_of
 from refiners.fluxion.layers.factory import Factory
+from refiners.fluxion.layers.linear import Linear
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -44,6 +46,39 @@ def placed_like(target: nn.Module, device: torch.device | str | None, dtype: tor
     if dtype is None and weight.is_floating_point():
         dtype = weight.dtype
     return Factory(device=device or weight.device, dtype=dtype)
+
+
+@cache
+def _a_linear() -> dict[str, Any]:
+    return vars(Linear(1, 1, bias=False, device="meta"))
+
+
+def linear_without_initial_weights(
+    in_features: int, out_features: int, bias: bool, **factory: Unpack[Factory]
+) -> Linear:
+    """As `without_initial_weights`, of what LoRAs are mostly made of: in less than half of the time.
+
+    It is a copy of a Linear with sizes and parameters of its own, so it has whatever torch gives a module.
+    """
+    layer = object.__new__(Linear)
+    own = vars(layer)
+    for name, value in _a_linear().items():
+        own[name] = value.copy() if isinstance(value, dict) else value
+    own["in_features"], own["out_features"] = in_features, out_features
+    parameters = own["_parameters"]
+    parameters["weight"] = nn.Parameter(torch.empty((out_features, in_features), **factory))
+    parameters["bias"] = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+    return layer
+
+
+def in_mode_of(layer: nn.Module, module: T) -> T:
+    """A module that nobody has seen yet, in the training mode of a layer: `train(layer.training)` in less time."""
+    waiting: list[nn.Module] = [module]
+    while waiting:
+        own = vars(waiting.pop())
+        own["training"] = layer.training
+        waiting.extend(own["_modules"].values())
+    return module
 
 
 def without_initial_weights(kind: type[T], *args: Any, **kwargs: Any) -> T:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError
-from refiners.fluxion.adapters.lora.building import Strength, Weight, placed_like
+from refiners.fluxion.adapters.lora.building import Strength, Weight, in_mode_of, placed_like
 from refiners.fluxion.adapters.lora.forms import axes_of, with_axes
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
 from refiners.fluxion.adapters.lora.switch import Switch
@@ -48,6 +48,8 @@ class Delta(Chain, Generic[T]):
     rank: int
     alpha: float | None
     rank_stabilized: bool
+    # How many axes the tensors had that it was made from.
+    given_axes: int | None = None
     # Whether it runs; shared by structural copies.
     switch: Switch
 
@@ -68,13 +70,8 @@ class Delta(Chain, Generic[T]):
     ) -> None:
         if rank < 1:
             raise AdapterTypeError(f"{type(self).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
-        self.name = name
-        self.rank = rank
-        self.alpha = alpha
-        self.rank_stabilized = rank_stabilized
-        # How many axes the tensors had that it was made from.
-        self.given_axes: int | None = None
-        self.switch = Switch()
+        # Past torch's `__setattr__`, which would take longer than to build a layer.
+        self.__dict__.update(name=name, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, switch=Switch())
         super().__init__(*layers)
         self.scale = scale
         self.reset_parameters()
@@ -191,11 +188,12 @@ class Delta(Chain, Generic[T]):
         Raises:
             AdapterTypeError: (a ValueError) There is none of that name.
         """
-        known = {kind.method: kind for kind in reversed(Delta._kinds)}
-        if method not in known:
-            raise AdapterTypeError(f"The method {method!r} is unknown: choose from {', '.join(sorted(known))}.")
-        # The class above the kinds, which finds the one for a layer.
-        return next(above for above in known[method].__mro__ if "method" in above.__dict__)
+        for kind in Delta._kinds:
+            if kind.method == method:
+                # The class above the kinds, which finds the one for a layer.
+                return next(above for above in kind.__mro__ if "method" in above.__dict__)
+        known = sorted({kind.method for kind in Delta._kinds})
+        raise AdapterTypeError(f"The method {method!r} is unknown: choose from {', '.join(known)}.")
 
     @classmethod
     def _forms(cls) -> list[type["Delta[Any]"]]:
@@ -253,7 +251,7 @@ class Delta(Chain, Generic[T]):
         strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
         delta = kind.like_layer(name, target, rank=rank, **strength, **placed, **settings)
         delta.start_from(target)
-        return delta if target.training else delta.eval()
+        return in_mode_of(target, delta)
 
     def start_from(self, layer: nn.Module, /) -> None:
         """Take over what a new adapter begins with from a layer. Nothing, for most methods."""
@@ -307,14 +305,15 @@ class Delta(Chain, Generic[T]):
         for role, weight in empty.weights().items():
             tensor = spec.tensors[role].detach()
             weight.put(nn.Parameter(tensor.to(**factory, copy=True).contiguous()))
-        return empty if target.training else empty.eval()
+        return in_mode_of(target, empty)
 
     def _check_shapes(self, spec: DeltaSpec, target: nn.Module) -> None:
-        shapes = {role: list(weight.tensor.shape) for role, weight in self.weights().items()}
-        given = {role: list(tensor.shape) for role, tensor in spec.tensors.items()}
+        shapes = {role: weight.tensor.shape for role, weight in self.weights().items()}
+        given = {role: tensor.shape for role, tensor in spec.tensors.items()}
         if shapes != given:
             wrong = [role for role in {**shapes, **given} if shapes.get(role) != given.get(role)]
-            lines = "; ".join(f"{role} is {given.get(role)}, has to be {shapes.get(role)}" for role in wrong)
+            had, needed = ({role: list(size) for role, size in sizes.items()} for sizes in (given, shapes))
+            lines = "; ".join(f"{role} is {had.get(role)}, has to be {needed.get(role)}" for role in wrong)
             raise AdapterTypeError(f"The {spec.method} {self.name!r} does not fit {target}: {lines}.")
 
     # --- weights ---------------------------------------------------------------------------------------------------
@@ -361,7 +360,7 @@ class Delta(Chain, Generic[T]):
     def note_strength(self) -> None:
         """Let a transaction undo a `set_strength`, but for what others have computed from it: they see to that."""
         own, factor = self.__dict__, self._factor
-        before = {name: own[name] for name in ("rank", "alpha", "rank_stabilized", "given_axes")}
+        before = {name: getattr(self, name) for name in ("rank", "alpha", "rank_stabilized", "given_axes")}
         scaling, strength = factor.scale, factor.__dict__["strength"]
 
         def undo() -> None:

@@ -17,20 +17,22 @@ from torch import nn
 
 from refiners.errors import AdapterError, AdapterTypeError, LoraNameError
 from refiners.fluxion.adapters.lora.adapter import LoraAdapter
-from refiners.fluxion.adapters.lora.attach import attach, names_around, nothing_is_garbage
+from refiners.fluxion.adapters.lora.attach import attach, names_around
 from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.lora.sets import LoraSet
 from refiners.fluxion.adapters.lora.spec import DeltaSpec, are_finite
-from refiners.fluxion.adapters.weights import base_of, named_base_modules, nearest
+from refiners.fluxion.adapters.weights import PathFinder, base_children, base_of, named_base_modules, nearest
 from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.factory import Factory
+from refiners.fluxion.layers.garbage import nothing_is_garbage
 from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import Selection, path_expression, select
 
 # How many lines an error shows.
 SHOWN = 20
+_NOWHERE = "there is no such layer"
 
 Specs = Mapping[str, DeltaSpec]
 # For the layers of a selection, or whose path has such a pattern: a value of their own.
@@ -176,16 +178,16 @@ def _inject_specs(
 ) -> LoraSet:
     specs = specs.specs_for(model, strict=strict) if isinstance(specs, HasSpecs) else specs
     problems = _Problems(f"{name!r} cannot be injected into {_short(model)}", model)
-    base = dict(named_base_modules(model))
+    base = PathFinder(base_of(model), base_children)
     plan: dict[int, _Planned] = {}
     left_out: dict[str, str] = {}
     # All values at once, which is quick; where that is not enough to tell, those of each spec by itself.
     is_finite = are_finite(tensor for spec in specs.values() for tensor in spec.tensors.values())
     with nothing_is_garbage():
         for path, spec in specs.items():
-            layer = base.get(path)
+            layer = base.find(path)
             if layer is None:
-                left_out[path] = f"there is no such layer{nearest(path, base)}"
+                left_out[path] = _NOWHERE
             elif wrong := spec.validate(with_values=not is_finite):
                 problems.add(path, "; ".join(wrong))
             elif id(layer) in plan:
@@ -200,6 +202,7 @@ def _inject_specs(
                         left_out[path] = str(error)
                         continue
                     plan[id(layer)] = _Planned(layer, parent, top, delta)
+        _name_nearest(model, left_out)
         if strict:
             for path, reason in left_out.items():
                 problems.add(path, reason)
@@ -208,6 +211,13 @@ def _inject_specs(
         loras = _put(model, name, list(plan.values()), fused)
     loras.left_out = {**getattr(specs, "left_out", {}), **left_out}
     return loras
+
+
+def _name_nearest(model: nn.Module, left_out: dict[str, str]) -> None:
+    """Say of what is for no layer which layer could have been meant."""
+    nowhere = [path for path, reason in left_out.items() if reason == _NOWHERE]
+    known = [path for path, _ in named_base_modules(model)] if nowhere else []
+    left_out.update({path: _NOWHERE + nearest(path, known) for path in nowhere})
 
 
 def _check_changes(

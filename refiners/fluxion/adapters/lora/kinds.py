@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from refiners.errors import AdapterTypeError
 from refiners.fluxion.adapters.lora.base import Lora
-from refiners.fluxion.adapters.lora.building import Strength, without_initial_weights
+from refiners.fluxion.adapters.lora.building import Strength, linear_without_initial_weights
 from refiners.fluxion.adapters.lora.half import in_full_precision
 from refiners.fluxion.layers.factory import Factory
 from refiners.fluxion.layers.linear import Linear
@@ -59,8 +59,8 @@ class LinearLora(Lora[Linear]):
     ) -> tuple[nn.Module, ...]:
         factory = Factory(device=device, dtype=dtype)
         return (
-            without_initial_weights(Linear, self.in_features, self.rank, bias=False, **factory),
-            without_initial_weights(Linear, self.rank, self.out_features, bias=self.bias, **factory),
+            linear_without_initial_weights(self.in_features, self.rank, bias=False, **factory),
+            linear_without_initial_weights(self.rank, self.out_features, bias=self.bias, **factory),
         )
 
     @classmethod
@@ -164,7 +164,7 @@ class EmbeddingLora(Lora[nn.Embedding]):
         factory = Factory(device=device, dtype=dtype)
         return (
             ColumnLookup(self.__dict__["_embedding"], self.rank, **factory),
-            without_initial_weights(Linear, self.rank, self.embedding_dim, bias=False, **factory),
+            linear_without_initial_weights(self.rank, self.embedding_dim, bias=False, **factory),
         )
 
     @classmethod

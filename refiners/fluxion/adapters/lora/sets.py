@@ -201,7 +201,7 @@ class LoraSet:
         for adapter, lora in self._held:
             if not adapter.is_injected or adapter.parent is None:
                 continue
-            if list(adapter.lora_layers) in ([lora], []):
+            if not adapter.has_others_than(lora):
                 adapter.eject()
             elif lora in adapter:
                 adapter.remove_lora(lora.name)
