@@ -191,8 +191,8 @@ class LatentDiffusionModel(fl.Module):
         With a generator for each picture, each is encoded by itself.
         """
         if isinstance(generator, Sequence):
-            pairs = zip(pixels.split(1), generator, strict=True)
-            return torch.cat([self.encode(picture, own) for picture, own in pairs])
+            rows = [pixels[i : i + 1] for i in range(len(pixels))]  # in their own layout, by which convolutions round
+            return torch.cat([self.encode(picture, own) for picture, own in zip(rows, generator, strict=True)])
         pixels = pixels.to(self.device, self.dtype)
         return self.autoencoder.scale(self.draw_latents(pixels, generator))
 
