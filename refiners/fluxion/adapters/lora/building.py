@@ -63,7 +63,7 @@ def linear_without_initial_weights(
     layer = object.__new__(Linear)
     own = vars(layer)
     for name, value in _a_linear().items():
-        own[name] = value.copy() if isinstance(value, dict) else value
+        own[name] = value.copy() if isinstance(value, dict | set) else value
     own["in_features"], own["out_features"] = in_features, out_features
     parameters = own["_parameters"]
     parameters["weight"] = nn.Parameter(torch.empty((out_features, in_features), **factory))

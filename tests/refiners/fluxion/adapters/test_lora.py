@@ -382,3 +382,11 @@ def test_gradients_reach_the_lora_and_the_layer() -> None:
     assert lora.up.weight.grad is not None
     assert layer.weight.grad is not None
     assert math.isfinite(float(lora.up.weight.grad.sum()))
+
+
+def test_the_layers_of_a_lora_are_what_their_constructor_builds_and_share_nothing() -> None:
+    lora, expected = LinearLora("style", 3, 5, rank=2), fl.Linear(3, 2, bias=False)
+    down, up = vars(lora.down), vars(lora.up)
+    assert down.keys() - {"_parent"} == vars(expected).keys() - {"_parent"}
+    assert repr(lora.down) == repr(expected)
+    assert all(down[name] is not up[name] for name, value in down.items() if isinstance(value, dict | set))
