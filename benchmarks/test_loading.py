@@ -167,7 +167,7 @@ def test_a_ready_unet_against_diffusers(record: Record, folder: Path) -> None:
     def theirs() -> object:
         return UNet2DConditionModel.from_pretrained(folder / "unet")
 
-    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=1.5))
+    record(Pair(contestant=lambda: partial(load_unet, folder), reference=lambda: theirs, limit=1.2))
 
 
 @only_on_linux

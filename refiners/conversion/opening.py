@@ -24,7 +24,6 @@ from refiners.conversion.problems import Problems
 from refiners.conversion.recognise import Bundles, find_bundle, looks_alone, recognise
 from refiners.conversion.variants import open_weights
 from refiners.errors import ConversionError, FileFormatError
-from refiners.fluxion.layers.garbage import nothing_is_garbage
 from refiners.fluxion.layers.loading import adopt_weights
 from refiners.fluxion.utils import load_from_safetensors
 
@@ -263,9 +262,8 @@ def _stranger(part: Part, stored: StoredWeights, sights: Bundles) -> str:
 
 
 def _part(part: Part, config: Mapping[str, Any], stored: StoredWeights, chain: Chain) -> OpenedPart:
-    with nothing_is_garbage():
-        port = _on_meta(part, config)
-        return OpenedPart(part, config, stored, chain(part, config, port, stored), [port])
+    port = _on_meta(part, config)
+    return OpenedPart(part, config, stored, chain(part, config, port, stored), [port])
 
 
 def _on_meta(part: Part, config: Mapping[str, Any]) -> nn.Module:

@@ -16,7 +16,6 @@ from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.weights import PathFinder, base_children, base_of
 from refiners.fluxion.layers.adapter import Adapter
 from refiners.fluxion.layers.chain import Chain
-from refiners.fluxion.layers.garbage import nothing_is_garbage
 from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import children_of
@@ -109,8 +108,7 @@ def auto_attach_loras(
     failed = [key for key in loras if key not in plan]
     if sanity_check and (failed or leftover):
         raise AdapterError(_explain(target, len(plan), failed, leftover))
-    with nothing_is_garbage():
-        adapters = {key: _attach_at(place, loras[key], target) for key, place in plan.items()}
+    adapters = {key: _attach_at(place, loras[key], target) for key, place in plan.items()}
     if debug_map is not None:
         where = _paths(target)
         debug_map += [(key, where[id(adapter)]) for key, adapter in adapters.items()]

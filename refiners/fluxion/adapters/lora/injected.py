@@ -25,7 +25,6 @@ from refiners.fluxion.adapters.weights import PathFinder, base_children, base_of
 from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.factory import Factory
-from refiners.fluxion.layers.garbage import nothing_is_garbage
 from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import Selection, path_expression, select
@@ -153,16 +152,15 @@ def _inject_new(
     problems = _Problems(f"{name!r} cannot be injected into {_short(root)}", root)
     ranks, alphas = problems.pattern(rank_pattern), problems.pattern(alpha_pattern)
     plan: list[_Planned] = []
-    with nothing_is_garbage():
-        for layer, parents in _by_layer(selection, problems):
-            with problems.of(layer):
-                own = {"rank": ranks.get(id(layer), rank), "alpha": alphas.get(id(layer), alpha)}
-                problems.refuse_name(name, parents[0])
-                top = _top(selection, layer, parents)
-                delta = family.for_target(name, layer, scale=scale, **own, **settings)
-                plan.append(_Planned(layer, parents[0], top, delta))
-        problems.check()
-        return _put(root, name, plan, fused)
+    for layer, parents in _by_layer(selection, problems):
+        with problems.of(layer):
+            own = {"rank": ranks.get(id(layer), rank), "alpha": alphas.get(id(layer), alpha)}
+            problems.refuse_name(name, parents[0])
+            top = _top(selection, layer, parents)
+            delta = family.for_target(name, layer, scale=scale, **own, **settings)
+            plan.append(_Planned(layer, parents[0], top, delta))
+    problems.check()
+    return _put(root, name, plan, fused)
 
 
 def _inject_specs(
@@ -183,32 +181,31 @@ def _inject_specs(
     left_out: dict[str, str] = {}
     # All values at once, which is quick; where that is not enough to tell, those of each spec by itself.
     is_finite = are_finite(tensor for spec in specs.values() for tensor in spec.tensors.values())
-    with nothing_is_garbage():
-        for path, spec in specs.items():
-            layer = base.find(path)
-            if layer is None:
-                left_out[path] = _NOWHERE
-            elif wrong := spec.validate(with_values=not is_finite):
-                problems.add(path, "; ".join(wrong))
-            elif id(layer) in plan:
-                problems.add(path, "this layer stands in several places, and another spec is for it too")
-            else:
-                with problems.of(layer, path):
-                    parent, top = _place(model, layer)
-                    problems.refuse_name(name, parent)
-                    try:
-                        delta = Delta.from_sound_spec(name, spec, layer, scale, **factory)
-                    except AdapterTypeError as error:
-                        left_out[path] = str(error)
-                        continue
-                    plan[id(layer)] = _Planned(layer, parent, top, delta)
-        _name_nearest(model, left_out)
-        if strict:
-            for path, reason in left_out.items():
-                problems.add(path, reason)
-        problems.check()
-        _check_changes(name, model, specs, left_out, allow_no_change)
-        loras = _put(model, name, list(plan.values()), fused)
+    for path, spec in specs.items():
+        layer = base.find(path)
+        if layer is None:
+            left_out[path] = _NOWHERE
+        elif wrong := spec.validate(with_values=not is_finite):
+            problems.add(path, "; ".join(wrong))
+        elif id(layer) in plan:
+            problems.add(path, "this layer stands in several places, and another spec is for it too")
+        else:
+            with problems.of(layer, path):
+                parent, top = _place(model, layer)
+                problems.refuse_name(name, parent)
+                try:
+                    delta = Delta.from_sound_spec(name, spec, layer, scale, **factory)
+                except AdapterTypeError as error:
+                    left_out[path] = str(error)
+                    continue
+                plan[id(layer)] = _Planned(layer, parent, top, delta)
+    _name_nearest(model, left_out)
+    if strict:
+        for path, reason in left_out.items():
+            problems.add(path, reason)
+    problems.check()
+    _check_changes(name, model, specs, left_out, allow_no_change)
+    loras = _put(model, name, list(plan.values()), fused)
     loras.left_out = {**getattr(specs, "left_out", {}), **left_out}
     return loras
 
