@@ -50,7 +50,7 @@ FULL: dict[str, Any] = {
 TAESDXL: dict[str, Any] = {**PUBLISHED_TINY, "block_out_channels": [64, 64, 64, 64]}
 SIXTEEN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
-WIDE_LANES = {"lanes": ("float64", "float32")}
+NO_FLOAT16 = {"lanes": ("float64", "float32", "bfloat16")}
 KEY_BIAS = {"*.to_k.bias": "adds the same number to all scores of a query: softmax removes it"}
 FORGETS_TO_SCALE = {"checkpointed": "upstream's AutoencoderTiny forgets to scale its pixels with checkpoints on"}
 PICTURES = {"padded": "pictures are not padded"}
@@ -283,7 +283,7 @@ CASES = (
         latents_mean=[-1.6574, 1.886, -1.383, 2.5155],
         latents_std=[8.4927, 5.9022, 6.5498, 5.2299],
     ),
-    in_pieces(case("slicing", "one picture at a time", partial(draw, batch=3), more=WIDE_LANES), "slicing"),
+    in_pieces(case("slicing", "one picture at a time", partial(draw, batch=3), more=NO_FLOAT16), "slicing"),
     in_pieces(
         case(
             "tiling",
@@ -299,7 +299,7 @@ CASES = (
             "tiling-and-slicing",
             "a wide picture in tiles, and one picture at a time",
             partial(LARGE, height=14),
-            more=WIDE_LANES,
+            more=NO_FLOAT16,
             sample_size=16,
             **TWO_SIZES,
         ),
@@ -311,13 +311,13 @@ CASES = (
             "tiling-not-needed",
             "pictures as large as a tile",
             partial(draw, height=16, width=12, latent_size=(8, 3)),
-            more=WIDE_LANES,
+            more=NO_FLOAT16,
             sample_size=16,
             **TWO_SIZES,
         ),
         "tiling",
     ),
-    recomputed(case("checkpoints", "gradient checkpointing on both sides", more=WIDE_LANES)),
+    recomputed(case("checkpoints", "gradient checkpointing on both sides", more=NO_FLOAT16)),
     *with_both_inits(replace(tiny_case("taesd", "two sizes"), full_size=TINY_ON_META)),
     tiny_case(
         "taesd-options",
