@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -58,8 +57,6 @@ class _PortNames:
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.keys = dict.fromkeys(keys)
-        # The paths of patterns, which are those of a weight and of its bias; with the bindings, which so live on.
-        self._paths: dict[tuple[int, int], tuple[Bindings, str]] = {}
 
     @cached_property
     def _nodes(self) -> set[str]:
@@ -71,23 +68,16 @@ class _PortNames:
         return nodes
 
     def find(self, pattern: Pattern, bindings: Bindings, below: str) -> str | None:
-        known = self._paths.get((id(pattern), id(bindings)))
-        path = pattern.fill(bindings) if known is None else known[1]
-        if path + below not in self.keys:
-            path = self._among_only_children(pattern, bindings)
-        if path + below not in self.keys:
-            return None
-        self._paths[id(pattern), id(bindings)] = (bindings, path)
-        return path + below
-
-    def _among_only_children(self, pattern: Pattern, bindings: Bindings) -> str:
+        key = pattern.fill(bindings, below)
+        if key in self.keys:
+            return key
         path = ""
         for text, only_child in pattern.segments_of(bindings):
             prefix = f"{path}." if path else ""
             path = prefix + text
             if only_child is not None and path not in self._nodes and prefix + only_child in self._nodes:
                 path = prefix + only_child
-        return path
+        return path + below if path + below in self.keys else None
 
 
 class _Group:
@@ -135,7 +125,6 @@ class Planner:
         self._groups: dict[tuple[int, frozenset[tuple[str, int | str]], str], _Group] = {}
         self._filled: dict[str, str] = {}
         self._given = self._spellings(upstream)
-        self._walked: dict[str, Any] = {}
         self._unknown: list[tuple[str, str]] = []
 
     def run(self) -> Plan:
@@ -156,7 +145,7 @@ class Planner:
         return given
 
     def _place(self, canonical: str, key: str) -> None:
-        matches = self.table.upstream.find(canonical, self._walked)
+        matches = self.table.upstream.find(canonical)
         if not matches:
             self._unknown.append((canonical, key))
             return

@@ -29,8 +29,6 @@ Bindings = Mapping[str, int | str]
 _NUMBER_NAMES = frozenset("ijklmn")
 _NUMBER = re.compile(r"(?:(?P<factor>[1-9]\d*)\*)?(?P<name>[A-Za-z_]\w*)(?:(?P<offset>[+-]\d+))?")
 _WORD = re.compile(r"(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[^{}]+))?")
-# Deeper keys than any model has are not followed step by step into one another.
-_DEEP = 100
 _SPLIT = re.compile(r"\{([^{}]*)\}")
 
 
@@ -222,16 +220,6 @@ class _Node(Generic[T]):
         return self.segments.setdefault(segment, _Node())
 
 
-class _Walk(NamedTuple, Generic[T]):
-    """Where patterns are after the beginning of a key, and the best that cover it so far."""
-
-    # Nodes, with what their names stand for and how many of their segments are literal.
-    reached: "list[tuple[_Node[T], Bindings, int]]"
-    # What they stand for, their bindings, where what is below them begins, and their rank.
-    best: list[tuple[T, Bindings, int, tuple[int, int, int]]]
-    at: int
-
-
 class PatternIndex(Generic[T]):
     """Finds the patterns that cover a key, in a time that does not grow with the number of patterns.
 
@@ -242,55 +230,16 @@ class PatternIndex(Generic[T]):
     def __init__(self, bare: bool = False) -> None:
         self._root: _Node[T] = _Node()
         self._bare = bare
-        self._has_rests = False
 
     def add(self, pattern: Pattern, value: T) -> None:
         """Adds a pattern and what it stands for."""
         node = self._root
-        self._has_rests |= any(segment.rest is not None for segment in pattern.segments)
         for segment in pattern.segments:
             node = node.child(segment)
         node.values.append(value)
 
-    def find(self, key: str, walked: "dict[str, _Walk[T]] | None" = None) -> list[Match[T]]:
-        """The best matches of a key: none, one, or several that are equally good.
-
-        Receives:
-            key: the key.
-            walked: what is known already of the beginnings of keys, the same dict for many keys: their common paths are
-                followed once.
-        """
-        if self._has_rests or key.count(".") > _DEEP:
-            return self._search(key)
-        best = self._walk(key, {} if walked is None else walked).best
-        return [Match(value, bindings, key[end:], rank) for value, bindings, end, rank in best]
-
-    def _walk(self, path: str, walked: "dict[str, _Walk[T]]") -> "_Walk[T]":
-        """Where all patterns without `{rest}` are after the segments of a path."""
-        known = walked.get(path)
-        if known is not None:
-            return known
-        above, dot, text = path.rpartition(".")
-        before = self._walk(above, walked) if dot else _Walk[T]([(self._root, {}, 0)], [], 0)
-        at = before.at + 1
-        reached: list[tuple[_Node[T], Bindings, int]] = []
-        for node, bindings, literals in before.reached:
-            if (child := node.literals.get(text)) is not None:
-                reached.append((child, bindings, literals + 1))
-            for segment, child in node.segments.items():
-                if (bound := segment.match(text, bindings, self._bare)) is not None:
-                    reached.append((child, bound, literals))
-        best = before.best
-        for node, bindings, literals in reached:
-            rank: tuple[int, int, int] = (literals, at, 0)
-            if node.values and (not best or rank >= best[0][3]):
-                found: list[tuple[T, Bindings, int, tuple[int, int, int]]] = []
-                found += [(value, bindings, len(path), rank) for value in node.values]
-                best = found if not best or rank > best[0][3] else [*best, *found]
-        walk = walked[path] = _Walk(reached, best, at)
-        return walk
-
-    def _search(self, key: str) -> list[Match[T]]:
+    def find(self, key: str) -> list[Match[T]]:
+        """The best matches of a key: none, one, or several that are equally good."""
         segments = key.split(".")
         best: list[Match[T]] = []
         stack: list[tuple[_Node[T], int, Bindings, int, int]] = [(self._root, 0, {}, 0, 0)]

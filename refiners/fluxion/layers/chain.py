@@ -61,6 +61,7 @@ class Chain(Branch):
     _provider: ContextProvider | None = None
     # What a subclass makes of (inputs, output) at the end. None rather than a method, since most have none.
     _finish: ClassVar[Any] = None
+    # Whether there has to be one input; asked only where there is a `_finish`.
     _takes_one_input: ClassVar[bool] = False
     # Whether an exception that leaves a forward, given one input, tells this input already.
     _explains_failures: ClassVar[bool] = True
