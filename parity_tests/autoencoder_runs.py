@@ -22,13 +22,23 @@ def draw(
     latents: int = 4,
     latent_size: tuple[int, int] = (5, 3),
 ) -> Inputs:
-    """Pictures, latents to decode, one seed for each picture, and moments beyond the bounds of variances."""
+    """Pictures, and latents to decode."""
     return {
         "pixels": torch.randn(batch, channels, height, width, generator=generator),
         "latents": torch.randn(batch, latents, *latent_size, generator=generator),
-        "seeds": torch.arange(batch) + 7,
-        "moments": 30 * torch.randn(batch, 4, 3, 3, generator=generator),
     }
+
+
+def with_moments(inputs: Callable[[torch.Generator], Inputs]) -> Callable[[torch.Generator], Inputs]:
+    """One seed for each picture as well, and moments beyond the bounds of variances."""
+
+    def drawn(generator: torch.Generator) -> Inputs:
+        given = inputs(generator)
+        batch = len(given["pixels"])
+        moments = 30 * torch.randn(batch, 4, 3, 3, generator=generator)
+        return {**given, "seeds": torch.arange(batch) + 7, "moments": moments}
+
+    return drawn
 
 
 def generators(inputs: Inputs) -> list[torch.Generator]:

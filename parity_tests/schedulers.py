@@ -115,6 +115,20 @@ class UpstreamLoop(nn.Module):
         return {**outputs, "draw": last_draw(generator)}
 
 
+class Start(nn.Module):
+    """What a loop begins with: a module, so that faults are planted in what a solver does before its steps."""
+
+    def __init__(self, solver: solvers.Solver[Any]) -> None:
+        super().__init__()
+        self.solvers = (solver,)  # not a child: it is one of the loop
+
+    def forward(self, noise: Tensor, clean: Tensor | None) -> Tensor:
+        (solver,) = self.solvers
+        return (
+            noise * solver.initial_noise_scale if clean is None else solver.add_noise(clean, noise, solver.first_step)
+        )
+
+
 class PortLoop(nn.Module):
     """A solver with the denoiser."""
 
@@ -123,12 +137,13 @@ class PortLoop(nn.Module):
         self.loop = loop
         self.denoiser = Denoiser(loop.learned, loop.prediction)
         self.solver = solver_of(loop)
+        self.start = Start(self.solver)
 
     def forward(self, noise: Tensor, seeds: Seeds, clean: Tensor | None = None) -> Outputs:
         solver, generator = self.solver, generator_of(seeds)
         solver.state = solver.initial_state()
         draws = generator if self.loop.stochastic else None
-        x = noise * solver.initial_noise_scale if clean is None else solver.add_noise(clean, noise, solver.first_step)
+        x = self.start(noise, clean)
         outputs = {"timesteps": solver.timesteps, "start": x}
         for step in solver.steps:
             scaled = solver.scale_model_input(x, step)

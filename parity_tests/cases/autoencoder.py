@@ -20,6 +20,7 @@ from parity_tests.autoencoder_runs import (
     run_upstream,
     run_upstream_both_ways,
     run_upstream_tiny,
+    with_moments,
 )
 from parity_tests.published_autoencoders import TINY as PUBLISHED_TINY
 from reference_ports import autoencoder
@@ -93,7 +94,7 @@ def case(
         "upstream": lambda: AutoencoderKL(**config),
         "port": lambda: autoencoder.from_config(numbers(config)),
         "key_map": autoencoder.KEYS,
-        "inputs": inputs,
+        "inputs": with_moments(inputs),
         "run_upstream": run_upstream,
         "run_port": run_port,
         "taps": taps(len(config["block_out_channels"]), attention),
@@ -106,8 +107,8 @@ def case(
 
 def both_ways(name: str, summary: str, inputs: Callable[[torch.Generator], Inputs] = draw, **changes: Any) -> Case:
     """Scaled, unscaled, and the whole model called."""
-    runs = {"run_upstream": run_upstream_both_ways, "run_port": run_port_both_ways, "taps": {}}
-    return case(name, summary, inputs, more=runs, **changes)
+    runs = {"inputs": inputs, "run_upstream": run_upstream_both_ways, "run_port": run_port_both_ways, "taps": {}}
+    return case(name, summary, more=runs, **changes)
 
 
 def tiny_case(

@@ -48,6 +48,7 @@ CLIPPED_NOISE = {"use_clipped_model_output": True, "eta": 1.0}
 NARROW = {"clip_sample_range": 0.5, "trained_betas": OWN_BETAS}
 add("DDIM", "ddim-clipped-noise", "noise of the clipped sample", NARROW, options=CLIPPED_NOISE, stochastic=True)
 add("DDIM", "ddim-later", "a later first step", DDIM_SD, first=2)
+add("DDIM", "ddim-last", "the last step alone, at timestep 0", SD, first=4)
 
 add("DDPM", "ddpm", "the variance of the posterior", stochastic=True)
 add("DDPM", "ddpm-log", "its logarithm", COSINE, {"variance_type": "fixed_small_log"}, V, stochastic=True, seeds=(1, 2))

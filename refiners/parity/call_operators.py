@@ -353,8 +353,9 @@ def downcast(call: Call, given: Mapping[str, Any]) -> Changes:
 
 @call_operator("cast", "to float double type type_as int long", lanes="half")
 def cast_missing(call: Call, given: Mapping[str, Any]) -> Changes:
-    """A cast is missing."""
-    if isinstance(call.args[0], Tensor):
+    """A cast is missing. To move to a device is none."""
+    moves = len(call.args) == 2 and isinstance(call.args[1], torch.device) and not call.kwargs
+    if isinstance(call.args[0], Tensor) and not moves:
         yield "missing", lambda func, args, kwargs: args[0]
 
 

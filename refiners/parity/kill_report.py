@@ -17,6 +17,7 @@ from refiners.parity.kills import Family, Progress, Settings, hunt, require_case
 from refiners.parity.ledger import Ledger
 from refiners.parity.mutate import How
 from refiners.parity.operators import OPERATORS
+from refiners.parity.witness import UNDECIDED
 
 REQUIRED_RATE = 0.99
 
@@ -156,5 +157,8 @@ def _print_earned(console: Console, family: Family) -> None:
         table.add_row(case, str(len(roles)), roles[0] if roles else Text("nothing", style="yellow"))
     console.print(table)
     for case, inputs in family.inputs.items():
-        for name in [name for name, witness in inputs.items() if not witness]:
-            console.print(Text(f"{case}: its input {name!r} earns nothing", style="yellow"))
+        for name, witness in inputs.items():
+            if not witness:
+                console.print(Text(f"{case}: its input {name!r} earns nothing", style="yellow"))
+            elif witness.startswith(UNDECIDED.split("{")[0]):
+                console.print(Text(f"{case}: what its input {name!r} earns was {witness}", style="yellow"))

@@ -102,6 +102,13 @@ class Family:
         return [t.id for t in self.trials if t.outcome is Outcome.SURVIVED and t.fault in killed]
 
     @property
+    def revealing(self) -> list[str]:
+        """Faults by the number of cases that did not tell them, most first: what tells inputs apart soonest."""
+        return [
+            fault for fault, _ in Counter(t.fault for t in self.trials if t.outcome is Outcome.SURVIVED).most_common()
+        ]
+
+    @property
     def how(self) -> Counter[How]:
         """What told, by number of faults killed."""
         return Counter(trial.how for trial in self.killed.values() if trial.how)
@@ -180,8 +187,7 @@ class _Hunt:
         try:
             for number, case in enumerate(self.cases, start=1):
                 self._try_case(case, until=self._time_of(number / len(self.cases)))
-                if self.settings.every_case:
-                    self.family.inputs[case.id] = witnesses(case)
+            self._tie_inputs()
             self._try_open_elsewhere()
             self._prove()
         except KeyboardInterrupt:
@@ -220,6 +226,18 @@ class _Hunt:
             self._try(built, planned[: self.settings.per_case], until)
             if not any(m.fault not in self.killed and OPERATORS[m.operator].lanes == "half" for m in built.mutants()):
                 break  # no mistake of precision is left for the other lane: it need not be built
+
+    def _tie_inputs(self) -> None:
+        """Looks for a fault that only one input lets its case tell, for each input of each case."""
+        for number, case in enumerate(self.cases if self.settings.every_case else (), start=1):
+            if self.progress:
+                self.progress(f"{case.id}, its inputs: case", number, len(self.cases), self.family)
+            self.family.inputs[case.id] = witnesses(case, self.family.revealing, self._most)
+
+    def _most(self, built: Bench) -> int | None:
+        """How many faults are tried in a case: few where it is slow."""
+        limits = [self.settings.per_case, MUTANTS_OF_SLOW_CASES if built.seconds > SLOW else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _try(self, built: Bench, planned: Sequence[Mutant], until: float) -> None:
         for number, mutant in enumerate(planned):

@@ -220,6 +220,15 @@ class Bench:
         seconds = round(time.perf_counter() - started, 4)
         return Trial(self.case.id, mutant.fault, mutant.role, self.lane.name, outcome, how, detail, seconds)
 
+    def misses(self, name: str) -> bool:
+        """Whether the case tells a port that does not read one of the inputs."""
+        inputs = {key: value for key, value in self._inputs.items() if key != name}
+        try:
+            pairs, faults = pair_outputs(self._forward, self._outputs(self.port, inputs))
+        except Exception:
+            return True
+        return _how(pairs, faults, self._forward, self.lane)[0] is not None
+
     def verdict_on(self, mutant: Mutant, truth: Observed, float64: Verdict | None) -> Verdict:
         """What the law says about the outputs of a port with a fault; DIFFERENT where it raises.
 

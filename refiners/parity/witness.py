@@ -3,7 +3,7 @@
 An input that makes no difference to any fault earns nothing: it looks like a test and is none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,8 @@ from refiners.parity.lanes import Lane
 from refiners.parity.mutate import Bench, Mutant, Outcome, bench
 
 NEEDED = "the case cannot run without it"
+UNREAD = "a port that does not read it"
+UNDECIDED = "not found among {} faults"
 TRUTH = Lane("float64")
 
 
@@ -22,11 +24,15 @@ def one_of_each_role(mutants: Sequence[Mutant]) -> list[Mutant]:
     return list({mutant.role: mutant for mutant in reversed(mutants)}.values())[::-1]
 
 
-def witnesses(case: Case) -> dict[str, str]:
+def witnesses(
+    case: Case, revealing: Sequence[str] = (), most: Callable[[Bench], int | None] = lambda _: None
+) -> dict[str, str]:
     """Input → a fault that only it lets the case tell; "" where there is none.
 
     Receives:
         case: any; without a float64 lane nothing is planted in it, and nothing is told.
+        revealing: faults to begin with, such as those that some case of the family does not tell.
+        most: how many faults are tried for one input of a case. None: all.
     """
     names = list(draw_inputs(case)) if TRUTH.name in case.lanes else []
     if len(names) == 1:
@@ -34,8 +40,8 @@ def witnesses(case: Case) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         try:
-            with bench(case, TRUTH) as given, bench(_without(case, name), TRUTH) as lacking:
-                found[name] = next(_told_no_more(given, lacking), "")
+            with bench(_without(case, name), TRUTH) as lacking, bench(case, TRUTH) as given:
+                found[name] = _told_no_more(name, given, lacking, revealing, most(given))
         except Exception:  # it raises, or is not equal any more: both mean that it is read
             found[name] = NEEDED
     return found
@@ -48,12 +54,17 @@ def _without(case: Case, name: str) -> Case:
     return replace(case, inputs=inputs)
 
 
-def _told_no_more(given: Bench, lacking: Bench) -> Iterator[str]:
-    """The faults that cannot even be planted without the input, then those that survive."""
+def _told_no_more(name: str, given: Bench, lacking: Bench, revealing: Sequence[str], most: int | None) -> str:
+    """A fault that is killed with the input, and without it survives or cannot even be planted."""
     without = {mutant.fault: mutant for mutant in lacking.mutants_of_lane()}
     planned = one_of_each_role(given.mutants_of_lane())
-    for mutant in sorted(planned, key=lambda mutant: mutant.fault in without):
+    early = {fault: number for number, fault in enumerate(revealing)}
+    planned.sort(key=lambda mutant: (mutant.fault in without, early.get(mutant.fault, len(early))))
+    for mutant in planned[:most]:
         other = without.get(mutant.fault)
         survives = other is None or lacking.try_out(other).outcome is Outcome.SURVIVED
         if survives and given.try_out(mutant).outcome is Outcome.KILLED:
-            yield mutant.fault
+            return mutant.fault
+    if given.misses(name):
+        return UNREAD
+    return UNDECIDED.format(most) if most is not None and most < len(planned) else ""

@@ -263,15 +263,16 @@ class Adapter(Generic[T]):
 
     def _match_training_mode(self) -> None:
         target = cast(nn.Module, self.target)
-        waiting: list[nn.Module] = [self._as_chain()]
+        mode = target.training
+        waiting: list[nn.Module | None] = [self._as_chain()]
         while waiting:
             module = waiting.pop()
-            if module is not target:
-                if module.training != target.training:
-                    _set(module, "training", target.training)
-                # Not `children()`, which takes longer than all the rest of an injection.
-                children: list[nn.Module | None] = list(module.__dict__["_modules"].values())
-                waiting.extend(child for child in children if child is not None and child is not target)
+            if module is None or module is target:
+                continue
+            if module.training is not mode:
+                _set(module, "training", mode)
+            # Not `children()`, which takes longer than all the rest of an injection.
+            waiting += module.__dict__["_modules"].values()
 
     def _pre_structural_copy(self) -> None:
         if isinstance(self.target, Chain):

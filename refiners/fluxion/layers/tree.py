@@ -6,7 +6,7 @@ the tree. It works on any `torch.nn.Module` and knows nothing of forwards or con
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import NamedTuple, TypedDict
 
@@ -21,7 +21,12 @@ def child_names(modules: Iterable[nn.Module]) -> list[str]:
 
     A child is named after its class. When a class occurs more than once, all of its occurrences are numbered from 1.
     """
-    classes = [class_name(type(module)) for module in modules]
+    return list(_names_of(tuple(map(type, modules))))
+
+
+@lru_cache(maxsize=256)
+def _names_of(types: tuple[type, ...]) -> list[str]:
+    classes = [class_name(kind) for kind in types]
     if len(set(classes)) == len(classes):
         return classes
     totals: dict[str, int] = {}

@@ -22,7 +22,6 @@ from refiners.parity.kills import Family, Settings, hunt
 from refiners.parity.mutate import Bench, How, Mutant, Outcome, Trial, bench
 from refiners.parity.operators import OPERATORS, Operator, Site, Ways
 from refiners.parity.planting import Snapshot, with_attribute, with_forward, with_members
-from refiners.parity.witness import NEEDED
 from tests.refiners.parity.toys import make_case
 
 FLOAT64 = Lane("float64")
@@ -358,73 +357,6 @@ def test_a_case_that_earns_nothing_is_shown() -> None:
 
 def trial_of(case: str, fault: str) -> Trial:
     return Trial(case, fault, fault, "float64", Outcome.KILLED, How.OUTPUT)
-
-
-class Shifted(nn.Module):
-    """Adds an input that may be missing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x: Tensor, shift: Tensor | None, unused: Tensor | None) -> Tensor:
-        return self.norm(x if shift is None else x + shift)
-
-
-class ShiftedUpstream(Shifted):
-    """The same under another class."""
-
-
-def run_shifted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"y": model(inputs["x"], inputs.get("shift"), inputs.get("unused"))}
-
-
-def test_an_input_that_earns_nothing_is_told_from_one_that_is_needed() -> None:
-    case = make_case(
-        upstream=ShiftedUpstream,
-        port=Shifted,
-        inputs=lambda generator: {name: torch.randn(3, 8, generator=generator) for name in ("x", "unused")},
-        run_upstream=run_shifted,
-        run_port=run_shifted,
-    )
-    (family,) = hunt([case], Settings(every_case=True))
-    assert family.inputs == {case.id: {"x": NEEDED, "unused": ""}}
-
-
-def test_an_input_is_tied_to_a_fault_that_only_it_tells() -> None:
-    case = make_case(
-        port=lambda: Rows(),
-        upstream=lambda: RowsUpstream(),
-        inputs=lambda generator: {"x": torch.randn(3, 8, generator=generator), "row": 0},
-        run_upstream=run_rows,
-        run_port=run_rows,
-    )
-    (family,) = hunt([case], Settings(every_case=True))
-    assert family.inputs[case.id]["row"].startswith("index::pick::")
-
-
-class Pick(nn.Module):
-    """One row, or all."""
-
-    def forward(self, x: Tensor, row: int | None) -> Tensor:
-        return x if row is None else x[row]
-
-
-class Rows(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pick, self.norm = Pick(), nn.LayerNorm(8)
-
-    def forward(self, x: Tensor, row: int | None) -> Tensor:
-        return self.norm(self.pick(x, row))
-
-
-class RowsUpstream(Rows):
-    """The same under another class."""
-
-
-def run_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"y": model(inputs["x"], inputs.get("row"))}
 
 
 def test_a_budget_of_no_time_tries_nothing_and_says_so() -> None:

@@ -50,9 +50,8 @@ class Lora(Delta[T], Generic[T]):
     ) -> None:
         if rank < 1:
             raise AdapterTypeError(f"{type(self).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
-        self.name = name
-        self.rank = rank
-        self.bias = bias
+        # Past torch's `__setattr__`, as in `Delta`.
+        self.__dict__.update(name=name, rank=rank, bias=bias)
         layers = self.lora_layers(device=device, dtype=dtype)
         strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
         super().__init__(name, *layers, Multiply(), rank=rank, **strength)
@@ -65,11 +64,12 @@ class Lora(Delta[T], Generic[T]):
 
     def reset_parameters(self) -> None:
         """Draw new weights for `down`, and make those of `up` zero."""
-        if not self.down.weight.is_meta:
-            nn.init.normal_(self.down.weight, std=1 / self.rank)
-            nn.init.zeros_(self.up.weight)
-            if self.bias:
-                nn.init.zeros_(self.up.bias)
+        # Tensors without a history, which takes less time than a block that keeps none, as in `torch.nn.init`.
+        tensors = {role: weight.tensor.detach() for role, weight in self.weights().items()}
+        if not tensors["down"].is_meta:
+            tensors["down"].normal_(std=1 / self.rank)
+            for role in tensors.keys() & {"up", "up_bias"}:
+                tensors[role].zero_()
 
     def weights(self) -> dict[str, Weight]:
         down, up = islice(self.__dict__["_modules"].values(), 2)

@@ -49,8 +49,7 @@ class LinearLora(Lora[Linear]):
         rank_stabilized: bool = False,
         bias: bool = False,
     ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
+        self.__dict__.update(in_features=in_features, out_features=out_features)
         strength = Strength(scale=scale, alpha=alpha, rank_stabilized=rank_stabilized)
         super().__init__(name, rank=rank, device=device, dtype=dtype, bias=bias, **strength)
 

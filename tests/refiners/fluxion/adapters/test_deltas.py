@@ -248,6 +248,17 @@ def test_a_dora_gives_each_output_its_length() -> None:
     assert not merged[:, 1:].any()
 
 
+def test_new_weights_of_a_dora_leave_the_length_of_each_output() -> None:
+    module = fl.Linear(6, 4)
+    delta = new("dora", module)
+    delta.weights()["up"].tensor.data.fill_(1.0)
+    before = delta.weights()["magnitude"].tensor.clone()
+    delta.reset_parameters()
+    assert torch.equal(delta.weights()["magnitude"].tensor, before)
+    assert not delta.weights()["up"].tensor.any()
+    assert delta.weights()["down"].tensor.any()
+
+
 def test_the_norm_of_a_dora_gets_no_gradient() -> None:
     module, delta, lengths = dora_with_exact_lengths()
     x, up = whole(3, 6), delta.weights()["up"].tensor
