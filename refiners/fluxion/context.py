@@ -26,10 +26,7 @@ from weakref import ref
 import torch
 from torch.utils._pytree import tree_leaves  # pyright: ignore[reportUnknownVariableType] (torch has no stubs here)
 
-Context = dict[str, Any]
-Contexts = dict[str, Context]
-
-_ABSENT: Any = object()
+from refiners.fluxion.context_values import Context, Contexts, SplitContext, Store
 
 
 @runtime_checkable
@@ -44,56 +41,6 @@ class ContextOwner(Protocol):
     _provider: "ContextProvider | None"
 
     def init_context(self) -> Contexts: ...
-
-
-class _Store:
-    """Values set from outside of any forward."""
-
-    def __init__(self, values: Contexts) -> None:
-        self.values = values
-        # The objects that `init_context()` gave last: a value that still is one of them was not set by anybody.
-        self.initial: Contexts = {}
-        # What a forward of a descendant wrote while the owner was not running hides what was here before.
-        self.hidden: dict[tuple[str, str], Any] = {}
-
-    def write_from_below(self, name: str, key: str, value: Any) -> None:
-        context = self.values[name]
-        self.hidden.setdefault((name, key), context.get(key, _ABSENT))
-        context[key] = value
-
-    def take(self, initial: Contexts) -> Contexts:
-        """Hand all values over to one call, and put the initial values of declared keys back in their place."""
-        frame = {name: dict(context) for name, context in self.values.items()}
-        if self.hidden:
-            for (name, key), value in self.hidden.items():
-                if value is _ABSENT:
-                    self.values[name].pop(key, None)
-                else:
-                    self.values[name][key] = value
-            self.hidden.clear()
-        self.declare(initial)
-        return frame
-
-    def declare(self, initial: Contexts) -> None:
-        # What need not be written is not: torch.compile replays each write after each call.
-        for name, context in initial.items():
-            known = self.values.get(name)
-            if known is None:
-                known = self.values[name] = {}
-            for key, value in context.items():
-                if known.get(key, _ABSENT) is not value:
-                    known[key] = value
-                    self.initial = initial
-
-    def snapshot(self, initial: Contexts) -> "_Store":
-        """A store with the same values, but with initial values of its own where nobody has set any."""
-        store = _Store({name: dict(context) for name, context in self.values.items()})
-        store.initial = initial
-        for name, context in self.initial.items():
-            for key, value in context.items():
-                if self.values[name].get(key, _ABSENT) is value and key in initial.get(name, {}):
-                    store.values[name][key] = initial[name][key]
-        return store
 
 
 class _Running(threading.local):
@@ -119,7 +66,7 @@ class ContextProvider:
 
     def __init__(self, owner: ContextOwner | None = None) -> None:
         self._owner = None if owner is None else ref(owner)
-        self._store = _Store({})
+        self._store = Store({})
         self._lock = threading.Lock()
         if owner is not None:
             self._store.declare(owner.init_context())
@@ -212,7 +159,7 @@ class ContextProvider:
         """Give a copied or unpickled provider its new owner."""
         self._owner = ref(owner)
 
-    def snapshot(self, store: _Store | None = None) -> _Store:
+    def snapshot(self, store: Store | None = None) -> Store:
         """A copy of the shared values, or of those of an outer scope, for a new scope."""
         return (store or self._store).snapshot(self._initial())
 
@@ -227,7 +174,7 @@ class ContextProvider:
         owner = self.owner
         return [] if owner is None or owner._parent is None else providers_of(owner._parent())
 
-    def _writable_store(self) -> _Store:
+    def _writable_store(self) -> Store:
         scope = _current_scope()
         store = None if scope is None else scope.store_of(self, create=True)
         return self._store if store is None else store
@@ -265,15 +212,15 @@ class ContextScope:
     def __init__(self, root: object, outer: "ContextScope | None") -> None:
         self.root = root
         self.outer = outer
-        self._stores: dict[ContextProvider, _Store] = {}
+        self._stores: dict[ContextProvider, Store] = {}
         if outer is not None and outer.root is root:
             self._stores |= {provider: provider.snapshot(store) for provider, store in outer._stores.items()}
 
     def hold(self, values: dict[ContextProvider, Contexts]) -> None:
         """Give providers other values inside of this scope."""
-        self._stores |= {provider: _Store(contexts) for provider, contexts in values.items()}
+        self._stores |= {provider: Store(contexts) for provider, contexts in values.items()}
 
-    def store_of(self, provider: ContextProvider, create: bool = False) -> _Store | None:
+    def store_of(self, provider: ContextProvider, create: bool = False) -> Store | None:
         store = self._stores.get(provider)
         if store is not None:
             return store
@@ -354,30 +301,8 @@ def _merge(providers: list[ContextProvider], name: str) -> Context | None:
                 others.append(top)
             top = values[name]
     if top is not None and others and any(key not in top for context in others for key in context):
-        return _SplitContext([*others, top])
+        return SplitContext([*others, top])
     return top
-
-
-class _SplitContext(dict[str, Any]):
-    """A context whose keys live in several providers: each is written where it lives, a new one in the topmost."""
-
-    def __init__(self, holders: list[Context]) -> None:
-        super().__init__({key: value for context in holders for key, value in context.items()})
-        self._holders = holders
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        holder = next((context for context in reversed(self._holders) if key in context), self._holders[-1])
-        holder[key] = value
-        super().__setitem__(key, value)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
 
 
 def find_place(chain: ContextOwner | None, name: str, key: str | None) -> tuple[ContextProvider, Context] | None:

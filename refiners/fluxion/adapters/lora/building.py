@@ -52,8 +52,8 @@ def placed_like(target: nn.Module, device: torch.device | str | None, dtype: tor
 def _a_linear() -> tuple[dict[str, Any], list[tuple[str, type[Any]]]]:
     """What torch gives a Linear: values that all may share, and containers of which each has its own."""
     given = vars(Linear(1, 1, bias=False, device="meta"))
-    containers = [(name, type(value)) for name, value in given.items() if isinstance(value, dict | set)]
-    return {name: value for name, value in given.items() if not isinstance(value, dict | set)}, containers
+    containers: dict[str, type[Any]] = {key: type(value) for key, value in given.items() if hasattr(value, "__len__")}
+    return {key: value for key, value in given.items() if key not in containers}, list(containers.items())
 
 
 def linear_without_initial_weights(
