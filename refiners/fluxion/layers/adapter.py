@@ -14,8 +14,8 @@ Adapters nest: one that is injected later on the same target stands inside the o
 in any order. An injection is a transaction: it is done completely or not at all.
 """
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeGuard, TypeVar, cast
 from weakref import ref
 
@@ -28,6 +28,8 @@ from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.layers.slots import holders_of
 
 T = TypeVar("T", bound=nn.Module)
+
+_NOTHING_TO_KEEP = nullcontext()
 
 
 def lookup_top_adapter(top: Chain, target: nn.Module) -> nn.Module:
@@ -111,18 +113,13 @@ class Adapter(Generic[T]):
             target = getattr(target, "_target", None)
         return target is module
 
-    @contextmanager
-    def setup_adapter(self, target: T) -> Generator[None]:
+    def setup_adapter(self, target: T) -> AbstractContextManager[None]:
         """Open this around `super().__init__(…)`: the target may become a child, and still keeps its parent."""
         if not isinstance(cast(object, target), nn.Module):
             raise AdapterTypeError(f"{type(self).__name__} adapts a module, not {type(target).__name__}.")
         # Not an attribute in the sense of torch: the target must not become a child by being known.
         self.__dict__["_target"] = target
-        if isinstance(target, ContextModule):
-            with target.no_parent_refresh():
-                yield
-        else:
-            yield
+        return target.no_parent_refresh() if isinstance(target, ContextModule) else _NOTHING_TO_KEEP
 
     @all_or_nothing
     def inject(self, parent: Chain | None = None) -> Self:

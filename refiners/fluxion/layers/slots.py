@@ -72,9 +72,12 @@ class Slots(ContextModule):
         self._replace_all(dict(zip(child_names(children), children, strict=True)))
         # Nothing to undo if a transaction fails: nobody but the transaction has this node, and children do not keep it.
         for module in children:
-            for node in [module] if isinstance(module, ContextModule) else _nodes_inside(module):
-                if node is module or node.parent is None:
-                    node._set_parent(cast(Any, self))
+            if isinstance(module, ContextModule):
+                module._set_parent(cast(Any, self))
+            elif module.__dict__.get("_modules"):
+                for node in _nodes_inside(module):
+                    if node.parent is None:
+                        node._set_parent(cast(Any, self))
 
     @property
     def _modules(self) -> dict[str, nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride] (lazy)

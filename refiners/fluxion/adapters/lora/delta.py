@@ -1,6 +1,7 @@
 """What all methods have in common that change a layer by adding to its output: a `Delta`."""
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -204,7 +205,7 @@ class Delta(Chain, Generic[T]):
 
     @classmethod
     def _kind_for(cls, target: nn.Module) -> type["Delta[Any]"]:
-        kind = next((kind for kind in cls._forms() if isinstance(target, cast(type, kind.layer_type))), None)
+        kind = _kind_of_layer(cls, type(target), len(Delta._kinds))
         if kind is None:
             method = getattr(cls, "method", "")
             layers = ", ".join(sorted(kind.__name__ for kind in Delta._kinds if method in ("", kind.method)))
@@ -396,3 +397,10 @@ class Delta(Chain, Generic[T]):
                     return place.parent, None
                 return LoraAdapter(place.layer, self), place.parent
         return None
+
+
+@lru_cache(maxsize=256)
+def _kind_of_layer(family: type[Delta[Any]], layer: type[nn.Module], known: int) -> type[Delta[Any]] | None:
+    """The first kind of a family that is made for a class of layers, of as many kinds as are known."""
+    forms = family._forms()  # pyright: ignore[reportPrivateUsage] (part of the class above)
+    return next((kind for kind in forms if issubclass(layer, cast(type, kind.layer_type))), None)
