@@ -17,7 +17,9 @@ COMPILED = (
     "clip/image-interpolated",
     "clip/whole",
     "vit/tiny",
+    "autoencoder/tiny",
     "unet/sdxl",
+    "pipelines/sd1-text",
 )
 
 

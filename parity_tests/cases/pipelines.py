@@ -62,9 +62,6 @@ def tokenizer(pad_token: str = "<|endoftext|>") -> clip.CLIPTokenizer:
     return clip.CLIPTokenizer.from_file(clip_merges(), pad_token=pad_token)
 
 
-# Ports, from the configurations of upstream's tiny pipelines
-
-
 def unet_of(config: Options) -> unet.UNet:
     return unet.from_config(dict(config))
 
@@ -98,17 +95,14 @@ def _keys_of(config: tuple[tuple[str, Any], ...], *encoders: str) -> KeyMap:
     return keys.named("a Stable Diffusion pipeline")
 
 
-# Cases
-
-
 KEY_BIAS_2 = {"text_encoder_2.text_model.encoder.layers.{i}.self_attn.k_proj.bias": SOFTMAX}
 KEY_BIAS = {"vae.*.to_k.bias": SOFTMAX, "text_encoder.encoder.layers.{i}.self_attn.k_proj.bias": SOFTMAX}
 CELLS = {
     "batch": "noise is drawn for the whole batch",
     "padded": "prompts always fill all places",
-    "compiled": "a generation draws random numbers and calls several models",
     "checkpointed": "a pipeline is for inference",
 }
+NO_GRAPH = {**CELLS, "compiled": "its steps draw noise, and torch takes no generator into a graph"}
 
 
 def sd_case(
@@ -243,8 +237,7 @@ def case(
         key_map=key_map,
         run_upstream=partial(run_upstream, options=options, **aside),
         run_port=partial(run_port, options=options, task=task),
-        without_cells=CELLS,
-        **{"lanes": LANES, **more},
+        **{"lanes": LANES, "without_cells": CELLS, **more},
     )
 
 
@@ -279,6 +272,7 @@ consistency = partial(
     config={**SD1, "time_cond_proj_dim": 32},
     scheduler=partial(LCMScheduler, **tiny.BETAS),
     guidance=partial(port.EmbeddedGuidance, 32),
+    without_cells=NO_GRAPH,
 )
 second = partial(
     text,

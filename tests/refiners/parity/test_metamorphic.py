@@ -178,6 +178,28 @@ def test_a_planted_fault_turns_its_cell_red(cell: str, port: type[nn.Module], wo
     assert "\n" not in found.reason
 
 
+class InParts(nn.Module):
+    """Is never called itself: its one part is."""
+
+    def __init__(self, part: type[nn.Module]) -> None:
+        super().__init__()
+        self.part = part()
+
+
+def read_part(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return read(model.get_submodule("part"), inputs)
+
+
+@pytest.mark.parametrize(
+    ("part", "outcome"), [(Recomputing, Outcome.HOLDS), (OtherWhenCompiled, Outcome.BROKEN)], ids=["sound", "planted"]
+)
+def test_a_port_of_which_only_parts_are_called_is_compiled_in_parts(part: type[nn.Module], outcome: Outcome) -> None:
+    case = sentences(
+        lambda: InParts(part), upstream=lambda: InParts(Recomputing), run_upstream=read_part, run_port=read_part
+    )
+    assert check_cell(case, "compiled").outcome is outcome
+
+
 class Steady(fl.Residual):
     """A node that can be computed again."""
 
