@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.cases import autoencoder, bert, clip, unet, vit
+from parity_tests.cases import autoencoder, bert, clip, lora, solvers, unet, vit
 from refiners.parity import Case
 from refiners.parity.equivalent import load_equivalents
 from refiners.parity.kills import Settings, hunt
@@ -20,6 +20,8 @@ SAMPLES: dict[str, tuple[Sequence[Case], set[str]]] = {
     "autoencoder": (autoencoder.CASES, {"tiny", "taesd", "one-generator"}),
     "bert": (bert.CASES, {"tiny", "no-mask", "finished-mask", "position-ids", "sentences", "sentences-short"}),
     "clip": (clip.CASES, {"text-l", "text-no-mask", "text-finished-mask", "image-l", "image-float32"}),
+    "lora": (lora.CASES, {"layers.dora", "layers.loha", "layers.lokr", "layers.stacked"}),
+    "solvers": (solvers.CASES, {case.id.partition("/")[2] for case in solvers.CASES}),
     "unet": (unet.CASES, {"sd1", "sdxl", "batch-1"}),
     "vit": (vit.CASES, {"tiny", "bytes", "mask", "interpolated", "masked-patches", "act-silu"}),
 }
@@ -30,7 +32,8 @@ def test_every_planted_fault_of_a_sample_is_told(family: str) -> None:
     cases, names = SAMPLES[family]
     chosen = [case for case in cases if case.id.partition("/")[2] in names]
     assert len(chosen) == len(names)
-    (table,) = hunt(chosen, Settings(seed=3, per_case=15, equivalents=EQUIVALENTS))
+    per_case = 2 if len(chosen) > 50 else 15
+    (table,) = hunt(chosen, Settings(seed=3, per_case=per_case, equivalents=EQUIVALENTS))
     assert len(table.faults) >= 80
     assert [trial.id for trial in table.survived.values()] == []
     assert table.problems == []
