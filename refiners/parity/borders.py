@@ -1,4 +1,9 @@
-"""Leaves of both sides that end at another operation: one scales what it returns, the other is scaled behind it."""
+"""Leaves of both sides that do not stand for one another, although they hold the same weights.
+
+They end at another operation: one scales what it returns, the other is scaled behind it. Or one of them does the work
+of a module around the other: it owns a codebook and looks for the nearest row, where upstream's is given the number of
+a row; it normalises the weights of a convolution and convolves.
+"""
 
 from collections.abc import Callable
 
@@ -28,6 +33,21 @@ def without_borders(lesson: Lesson, known: set[int], again: Callable[[Pairing], 
         saved = _places(findings) - _places(other[0])
         is_unfinished = set(point.actual) <= known  # upstream's leaf makes the same on its way
         if (saved > 1 and all(finding.key in keys for finding in other[0])) or (saved > 0 and is_unfinished):
+            lesson = other
+    return lesson
+
+
+def without_wholes(lesson: Lesson, again: Callable[[Pairing], Lesson]) -> Lesson:
+    """Leaves are left out that are given something of another kind than upstream's, and return something else."""
+    for point in lesson[1]:
+        findings, points, pairing, _ = lesson
+        if point.agrees or point.where is not Where.RETURNS or point.port not in pairing:
+            continue
+        place = Where.RECEIVES, point.port, point.call
+        if any(other.place == place for other in points):  # it is given what upstream's is, or what should be that
+            continue
+        other = again({path: leaf for path, leaf in pairing.items() if path != point.port})
+        if point.is_other_size or _places(other[0]) < _places(findings):
             lesson = other
     return lesson
 

@@ -12,15 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refiners.parity import flow, unlike
+from refiners.parity import flow, orders, unlike
 from refiners.parity.operations import Operation
-from refiners.parity.replay import HUGE, Change, Edit, Program, left_out, scalars, with_arguments, with_scalar
+from refiners.parity.replay import (
+    HUGE,
+    Change,
+    Edit,
+    Program,
+    left_out,
+    scalars,
+    shaped_as,
+    with_arguments,
+    with_scalar,
+)
 from refiners.parity.trial import Making
 
 NUMBERS = (1e4, 1e5, 5e5, 1e6, 1e3, 5e3, 0.5, 1.0, 2.0, 0.0, 1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
 DEEPEST = 4
 MOST_TRIED = 600
 MOST_LEAVES = 8
+EXTRA = " (a residual too much)"
+UNKNOWN = "a value"
+"""Of what has no name."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +77,10 @@ def put(pairs: Sequence[tuple[int, int]]) -> Making:
     """Values of upstream's in the place of values of the port's."""
 
     def making(port: Program, upstream: Program) -> Edit:
-        right = {a: shaped(upstream.values[b], port.values[a]) for a, b in pairs}
+        right = {a: shaped_as(upstream.values[b], port.values[a]) for a, b in pairs}
         return Edit(values={a: lambda _, value=value: value for a, value in right.items()})
 
     return making
-
-
-def shaped(value: Tensor, like: Tensor) -> Tensor:
-    """A value in the shape of another one, heads and positions in its order if they are in the other one."""
-    if value.shape != like.shape and value.ndim == like.ndim == 4 and value.transpose(1, 2).shape == like.shape:
-        return value.transpose(1, 2)
-    return value.reshape_as(like)
 
 
 def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Candidate]:
@@ -86,11 +92,12 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
     """
     yield from _reduced(program, numbers)
     tried = 0
-    for group in _groups(program):
+    for group in groups(program):
         operation = group[0]
         at = f"{operation.source}"
         if operation.inputs and not unlike.is_move(operation):
-            text = f"without {flow.told(operation)} at {at}{residual(group, 'a residual too much')}"
+            text = orders.taken_behind(program, operation) if len(group) == 1 else ""
+            text = text or f"without {flow.told(operation)} at {at}{residual(group, 'a residual too much')}"
             yield Candidate(text, _everywhere(group, left_out), (operation.name, at, len(group)))
         for path, value, new in _scalars(operation, numbers):
             tried += 1
@@ -123,7 +130,7 @@ def tiled(program: Program) -> Iterator[Candidate]:
 def _reduced(program: Program, numbers: set[bool | int | float]) -> Iterator[Candidate]:
     """A mean is of another number of values: of each head by itself, or of all heads together."""
     sizes = {number for number in numbers if type(number) is int}
-    for group in _groups(program):
+    for group in groups(program):
         first, arguments = group[0], group[0].template[0]
         if first.name != "aten.mean" or len(arguments) < 3 or not arguments[2] or len(arguments[1]) != 1:
             continue
@@ -161,7 +168,7 @@ def _with(path: tuple[object, ...], new: object) -> Change:
     return change
 
 
-def _groups(program: Program) -> Iterator[list[Operation]]:
+def groups(program: Program) -> Iterator[list[Operation]]:
     """Operations of one name at one line, which change together; then each by itself."""
     lines: dict[tuple[str, str], list[Operation]] = {}
     for operation in reversed(program.operations):
@@ -258,7 +265,19 @@ def bases(port: Program, upstream: Program) -> Iterator[Candidate]:
     for (here, given), (there, right) in itertools.product(ours.items(), theirs.items()):
         if given != right and port.values[here].numel() == upstream.values[there].numel():
             text = f"when the base of the frequencies is {right:g}: here it is {given:g}"
+            if not _has_base(port, given) and _has_base(port, right):
+                ratio = math.log(right) / math.log(given)
+                text = (
+                    f"when the exponents of the frequencies are times {ratio:g}: both sides have the base {right:g}, "
+                    "and divide by another size"
+                )
             yield Candidate(text, put([(here, there)]), text)
+
+
+def _has_base(program: Program, base: float) -> bool:
+    """Whether a base, or its logarithm, is among the numbers of a program."""
+    numbers = {abs(float(value)) for operation in program.operations for _, value in scalars(operation.template)}
+    return not {f"{one:.3g}" for one in numbers}.isdisjoint(f"{one:.3g}" for one in (base, math.log(base)))
 
 
 def _bases(program: Program) -> dict[int, float]:
@@ -296,7 +315,7 @@ def name_of_value(program: Program, number: object, depth: int = DEEPEST) -> str
         if before in program.names:
             return f"`{program.names[before]}`"
         paths = {call.path for call in program.trace.calls if call.path}
-        return flow.origin(program.trace, number, paths) or "a value"
+        return flow.origin(program.trace, number, paths) or UNKNOWN
     if depth == 0:
         return "…"
     operation = found[0]

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from refiners.parity import candidates, flow, turning, unlike
+from refiners.parity import candidates, flow, orders, sources, turning, unlike
 from refiners.parity.candidates import Candidate, name_of_value, residual
 from refiners.parity.hypotheses import ACTIVATIONS
 from refiners.parity.in_place import instead, instead_of_line, not_given
@@ -122,7 +122,8 @@ def _bitwise(port: Program, upstream: Program) -> str:
 def _why(trial: Trial, *, is_part: bool = False) -> str:
     if is_rounding(trial.port, trial.upstream):
         return ""
-    told = _tried(lambda: _first(trial, candidates.bases(trial.port, trial.upstream)) or _activation(trial))
+    known = itertools.chain(candidates.bases(trial.port, trial.upstream), sources.cuts(trial.port))
+    told = _tried(lambda: _first(trial, known) or _activation(trial))
     if not told and _tried(lambda: _first(trial, candidates.exchanged(trial.port))):
         told = _alternatives(trial, _of_leaves(trial))
     if told:
@@ -220,13 +221,17 @@ def _changed(trial: Trial) -> str:
     )
     told = _first(trial, candidates.tiled(trial.port)) or _alternatives(trial, candidates.changed(trial.port, upstream))
     told = told or _first(trial, candidates.signs(trial.port, made=True))
+    told = told or _alternatives(trial, sources.residuals(trial.port, trial.upstream))
+    told = told or _alternatives(trial, sources.windows(trial.port))
     there = (replace(one, text=_of_upstream(one.text)) for one in candidates.changed(trial.upstream, port))
     return told or _alternatives(trial, there, of_upstream=True)
 
 
 def _of_upstream(text: str) -> str:
     if text.startswith("without "):
-        return f"when it computes {text.removeprefix('without ')} as well, as upstream does"
+        return (
+            f"when it computes {text.removeprefix('without ').removesuffix(candidates.EXTRA)} as well, as upstream does"
+        )
     return f"as upstream: the port's value is what upstream's is {text}"
 
 
@@ -252,7 +257,7 @@ def _told(trial: Trial, found: Sequence[unlike.Other]) -> str:
         return f"when {' as well as '.join(named)} are exchanged"
     if len(found) > MOST_TOLD and any(one.kind != "arguments" for one in found):
         return ""
-    texts = [*_chains(found), *(_difference(trial, one) for one in found if one.kind not in _CHAINS)]
+    texts = [*_chains(trial, found), *(_difference(trial, one) for one in found if one.kind not in _CHAINS)]
     return "; ".join(dict.fromkeys(texts)) if all(texts) else ""
 
 
@@ -323,16 +328,18 @@ def _is_moved(found: Sequence[unlike.Other]) -> bool:
     return sorted(op.name for op in few) == sorted(op.name for op in many)
 
 
-def _chains(found: Sequence[unlike.Other]) -> Iterator[str]:
+def _chains(trial: Trial, found: Sequence[unlike.Other]) -> Iterator[str]:
     """Operations too few and too many, each kind in one sentence."""
     few, many = _sides(found)
     if few and _is_moved(found):
-        yield f"when it computes {_list(few)} of the other value: here {_list(many)}"
+        words = orders.moved(trial.port, trial.upstream, many[0], few[0]) if len(few) == len(many) == 1 else ""
+        yield words or f"when it computes {_list(few)} of the other value: here {_list(many)}"
         return
     if few:
         yield f"when it computes {_list(few)} as well, as upstream does{residual(few, 'a missing residual')}"
     if many:
-        yield f"without {_list(many)}{residual(many, 'a residual too much')}"
+        words = orders.taken_behind(trial.port, many[0]) if len(many) == 1 else ""
+        yield words or f"without {_list(many)}{residual(many, 'a residual too much')}"
 
 
 def _list(operations: Sequence[Operation]) -> str:

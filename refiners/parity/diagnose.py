@@ -17,12 +17,14 @@ from refiners.parity.edits import Hypothesis
 from refiners.parity.localise import Finding
 from refiners.parity.modules import own_state
 from refiners.parity.operations import Operation
-from refiners.parity.replay import Program
-from refiners.parity.session import Session
+from refiners.parity.replay import Program, needed
+from refiners.parity.session import Lines, Session
 from refiners.parity.weight_faults import how_weights_differ
 
 MOST_PIECES = 6
 MOST_PLACES = 6
+MOST_ROUNDED = 3
+"""Findings that differ by rounding alone for which hypotheses are tried."""
 
 
 def beyond_rounding(finding: Finding, session: Session) -> Finding:
@@ -47,19 +49,45 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if by_values.is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (by_values.wired(finding, session), False)
-    check, vague = _check_of(finding, session), ""
-    for hypothesis in _proposed(finding, session):
-        if session.is_late():
-            return vague, bool(vague)
-        if not (vague and hypothesis.is_vague) and _holds(hypothesis, finding, check):
-            if not hypothesis.is_vague:
-                return hypothesis.text, True
-            vague = hypothesis.text
     programs = _programs(finding, session)
+    found = _by_hypothesis(finding, session, programs)
+    if session.is_late() or (found and not found.is_vague):
+        return (found.text if found else ""), bool(found)
+    vague = found.text if found else ""
     told = by_values.repeated(finding, session) or (_cause(*programs, finding, session) if programs else "")
     if vague and told in ("", causes.ONLY_ROUNDING):
         return vague, True
     return told or by_values.by_data_flow(finding, session), False
+
+
+def _by_hypothesis(finding: Finding, session: Session, programs: tuple[Program, Program] | None) -> Hypothesis | None:
+    """The first hypothesis that holds, where running the port can tell: a vague one if no other does.
+
+    It cannot where the port's way goes on with a value that was found wrong before. What never held at these lines in
+    another layer is not tried again, nor is what differs by rounding alone in many places.
+    """
+    if finding.carried.keys() & needed(finding.port_region, finding.actual or -1):
+        return None
+    known, lines = session.fruitless, () if finding.is_leaf else _lines_of(finding)
+    is_rounding = bool(programs) and causes.is_rounding_of_float32(*programs)
+    if lines in known.nodes or (is_rounding and known.rounded >= MOST_ROUNDED):
+        return None
+    check, vague = _check_of(finding, session), None
+    for hypothesis in _proposed(finding, session):
+        if session.is_late():
+            return vague
+        if not (vague and hypothesis.is_vague) and _holds(hypothesis, finding, check):
+            if not hypothesis.is_vague:
+                return hypothesis
+            vague = hypothesis
+    known.rounded += is_rounding
+    known.nodes |= {lines} if lines and vague is None else set()
+    return vague
+
+
+def _lines_of(finding: Finding) -> Lines:
+    sides = finding.port_operations, finding.port_region, finding.upstream_operations, finding.region
+    return tuple(f"{op.name} {op.source}" for side in sides for op in side)
 
 
 def _cause(port: Program, upstream: Program, finding: Finding, session: Session) -> str:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refiners.parity.operations import Operation, Slot, fill_template, tensors_in
+from refiners.parity.unchecked import refuse
 
 _ABSENT = object()
 
@@ -235,6 +236,7 @@ def _run(theirs: Operation, tensors: list[Tensor]) -> Any:
         return tensors[slot.place]
 
     args, kwargs = fill_template(theirs.template, Slot, put)
+    refuse(theirs.name, args, tensors)
     return theirs.function(*args, **kwargs)
 
 

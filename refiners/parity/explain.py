@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from refiners.parity.again import command_of
 from refiners.parity.bits import same_bits
-from refiners.parity.borders import Lesson, without_borders
+from refiners.parity.borders import Lesson, without_borders, without_wholes
 from refiners.parity.case import Case
 from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.diagnose import beyond_rounding
@@ -41,7 +41,7 @@ from refiners.parity.torch_state import seed_torch
 from refiners.parity.trace import record
 
 MANY = 3
-"""More faults than this are rounding, or one that all nodes have: float64 tells."""
+"""Of more faults than this, one of which is rounding, float64 tells which are more."""
 LONG = 0.5
 """Seconds of a search after which it is not made again in float64."""
 
@@ -100,7 +100,8 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
     found = _explain_in(runner, lane, seconds, fruitless, by_closeness=False)
     if any(fault.finding.point.agrees for fault in found.faults):
         return found  # of no value, but of dtypes
-    unclear = len(found.faults) > MANY or bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
+    unclear = bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
+    unclear = unclear or (len(found.faults) > MANY and any(f.diagnosis == ONLY_ROUNDING for f in found.faults))
     if not unclear or "float64" not in runner.case.lanes:
         return found
     known = fruitless.longer_than(LONG)
@@ -213,9 +214,11 @@ def explain_modules(
         for pairing in pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
     ]
     best = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
-    findings, points, pairing, forced = without_borders(
-        best, ours.known(), lambda p: _lesson(teacher, port, run_port, p, ours, wrong)
-    )
+
+    def again(pairing: Pairing) -> Lesson:
+        return _lesson(teacher, port, run_port, pairing, ours, wrong)
+
+    findings, points, pairing, forced = without_borders(without_wholes(best, again), ours.known(), again)
     session = Session(
         upstream=upstream,
         port=port,

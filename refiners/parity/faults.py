@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from refiners.parity.causes import ONLY_ROUNDING
+from refiners.parity.crossing import crossed
 from refiners.parity.diagnose import diagnose
 from refiners.parity.flow import name_of
 from refiners.parity.localise import Finding
@@ -42,9 +43,13 @@ def without_consequences(findings: list[Finding], session: Session) -> list[Faul
     for finding in findings:
         session.settled, session.cause_at = set(), []
         diagnosis, was_run = diagnose(finding, session)
+        place = session.settled, session.cause_at
+        across = crossed(finding, diagnosis, session, lambda other: diagnose(other, session)[0])
+        session.settled, session.cause_at = (set(), []) if across else place
+        diagnosis, was_run = (across, False) if across else (diagnosis, was_run)
         moved = (
             []
-            if was_run or finding.is_leaf or len(faults) >= MOST_REARRANGED
+            if was_run or across or _is_argument(diagnosis) or finding.is_leaf or len(faults) >= MOST_REARRANGED
             else rearranged([finding], session, least=1)[0]
         )
         if moved:
@@ -58,6 +63,11 @@ def without_consequences(findings: list[Finding], session: Session) -> list[Faul
         if not any(places_of(fault.finding) <= settled[place] for place in others):
             kept.append(number)
     return [faults[number] for number in kept]
+
+
+def _is_argument(diagnosis: str) -> bool:
+    """Whether a reason is another number of one operation, as no node at another place makes it."""
+    return diagnosis.startswith("when in `")
 
 
 def _is_within(path: str, owner: str) -> bool:

@@ -183,16 +183,24 @@ def is_parting(operation: Operation) -> bool:
 def origin(trace: Trace, number: int, leaves: Iterable[str]) -> str:
     """Where a value of one side comes from, in words; "" if nobody made it."""
     known = set(leaves)
+    made = next((op for op in trace.operations if number in op.outputs and number not in op.inputs), None)
     call = next((call for call in trace.calls if call.path in known and number in call.outputs), None)
+    if call is None and made is not None and not is_parting(made) and _is_often(trace, made):
+        makers = [call for call in trace.calls if call.path and number in call.outputs and number not in call.inputs]
+        call = max(makers, key=lambda one: len(one.path), default=None)
     if call is not None:
         return f"{_which(call.outputs, number)}what `{call.path}` returns"
-    made = next((op for op in trace.operations if number in op.outputs and number not in op.inputs), None)
     if made is not None:
         return (
             f"{_which(made.outputs, number) if is_parting(made) else ''}what `{name_of(made)}` at {made.source} returns"
         )
     given = next((call for call in trace.calls if number in call.inputs), None)
     return f"what `{given.path}` is given" if given and given.path else "what the model is given" if given else ""
+
+
+def _is_often(trace: Trace, operation: Operation) -> bool:
+    """Whether its line runs several times, so that it does not say which value is meant."""
+    return sum(op.name == operation.name and op.source == operation.source for op in trace.operations) > 1
 
 
 def _which(values: Sequence[int | None], number: int) -> str:

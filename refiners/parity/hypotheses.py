@@ -117,6 +117,9 @@ def _weights(port: nn.Module, upstream: nn.Module, weights: dict[str, Tensor]) -
     if len(wrong) > 1:
         together = [edit for _, edit in wrong]
         yield Hypothesis("; ".join(text for text, _ in wrong), lambda: edits.all_of(together))
+    for name, right in ours.items():
+        if name in theirs and right.ndim == 2 and right.shape[0] == right.shape[1] and type(port) is not type(upstream):
+            yield Hypothesis(f"when `{name}` is transposed", edits.weight(port, name, right.T))
 
 
 def _upstreams_attributes(port: nn.Module, upstream: nn.Module) -> Iterator[Hypothesis]:

@@ -7,7 +7,8 @@ from refiners.parity.candidates import name_of_value
 from refiners.parity.fingerprint import Sketch
 from refiners.parity.mending import is_alike
 from refiners.parity.operations import Operation
-from refiners.parity.replay import Program, is_same
+from refiners.parity.replay import Program, is_same, scalars
+from refiners.parity.sources import reordered
 from refiners.parity.trial import Trial
 
 LONGEST = 8
@@ -39,11 +40,13 @@ def instead(trial: Trial, here: int, there: int) -> str:
     """In words a value of upstream's in the place of one of the port's; "" where they would be too long."""
     port, upstream = trial.port, trial.upstream
     ours, theirs = port.part(here).operations, upstream.part(there).operations
-    layouts = turning.layouts(trial, [(here, there)])
-    if layouts:
-        return layouts
+    told = turning.layouts(trial, [(here, there)]) or reordered(trial, here, there)
+    if told:
+        return told
     if here == port.root and there == upstream.root and ours and theirs and len(ours) + len(theirs) > LONGEST // 2:
         return ""
+    if _is_in_root(upstream.part(there)) and _is_in_root(port.part(here)) is False:
+        return f"when eps is added before the root is taken, as upstream at {theirs[-1].source}, not behind it"
     source = f" (upstream at {theirs[-1].source})" if theirs else ""
     names = _on_the_way(upstream.part(there), port.sketches[here])
     if 0 < len(names) <= LONGEST:
@@ -51,6 +54,19 @@ def instead(trial: Trial, here: int, there: int) -> str:
     if len(ours) > LONGEST or len(theirs) > LONGEST:
         return ""
     return f"when {name_of_value(upstream, there)}{source} is in the place of {name_of_value(port, here)}"
+
+
+def _is_in_root(program: Program) -> bool | None:
+    """Whether a small number is added before a root is taken, or behind it; None if neither, or both."""
+    roots = ("aten.sqrt", "aten.rsqrt")
+    small = [op for op in program.operations if op.name == "aten.add" and any(0 < v < 0.1 for v in _numbers(op))]
+    inside = any(set(op.inputs) & set(one.outputs) for op in program.operations if op.name in roots for one in small)
+    behind = any(set(op.outputs) & set(one.inputs) for op in program.operations if op.name in roots for one in small)
+    return None if inside == behind else inside
+
+
+def _numbers(operation: Operation) -> list[float]:
+    return [value for _, value in scalars(operation.template) if isinstance(value, float)]
 
 
 def _inputs_are_alike(trial: Trial, ours: Operation, theirs: Operation) -> bool:

@@ -10,8 +10,8 @@ missing), or upstream did (something is too much).
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from refiners.parity.leaves import Pairing
 from refiners.parity.operations import ModuleCall, Operation, Trace
@@ -49,6 +49,8 @@ class Finding:
     """Where something is missing in the port: the value that it passed on unchanged."""
     suspects: tuple[str, ...] = ()
     """Other paths of the port that a fault could lie at, the likeliest first."""
+    carried: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Values that were found wrong before, on which the port's way goes on → the right ones."""
 
     @property
     def key(self) -> tuple[str, bool]:
@@ -135,12 +137,13 @@ class Locator:
         taught = {number for number in point.expected if self._is_taught(number)}
         findings: list[Finding] = []
         for expected, actual in wrong:
-            here = walk(self._made_here, actual, self._known_upstream | self._weights_here)
+            carried = {wrong: right for wrong, right in self._took_for.items() if wrong != actual}
+            here = walk(self._made_here, actual, self._known_upstream | self._weights_here | carried.keys())
             there = walk(self._made_upstream, expected, (self._known_here - taught) | self._weights_upstream)
             new = [operation for operation in here.frontier if not self._is_echo(operation)]
             if new or not here.frontier:
                 found = self._blame(point, actual, replace(here, frontier=new), there)
-                made = [replace(finding, expected=expected, actual=actual) for finding in found]
+                made = [replace(one, expected=expected, actual=actual, carried=carried) for one in found]
                 findings += [self._where_both_are(finding) for finding in made]
             self._took_for.setdefault(actual, expected)
         return findings

@@ -143,7 +143,8 @@ def _arrangements(session: Session) -> Iterator[Arrangement]:
     wrong = {point.port for point in session.points() if point.where is Where.RECEIVES and not point.agrees}
     leaves = [path for path in modules if path in wrong]
     for pairs in _groups(_alike(leaves, modules), _role_of_pair):
-        yield _exchanged(pairs, modules)
+        if len({path for pair in pairs for path in pair}) == 2 * len(pairs):  # none of them in two pairs
+            yield _exchanged(pairs, modules)
     movable = dict.fromkeys(path for leaf in leaves for path in (leaf, *_beside(leaf, session, modules)))
     for paths in _groups(list(movable), _role):
         for move in _MOVES:

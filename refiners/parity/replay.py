@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from refiners.parity.bits import same_bits
 from refiners.parity.fingerprint import Sketch, sketch
 from refiners.parity.operations import Operation, Slot, Trace, draws, fill_template, tensors_in
 from refiners.parity.torch_state import default_dtype
+from refiners.parity.unchecked import refuse
 from refiners.parity.ways import producers
 
 MOST_ELEMENTS = 1 << 24
@@ -66,6 +67,7 @@ class Program:
         names: of those that are weights or tables.
         parameters: the numbers of the weights that are learnt.
         recorded: the value that the model made, if it was kept.
+        is_proved: whether it is known to make it.
     """
 
     trace: Trace
@@ -75,6 +77,7 @@ class Program:
     names: Mapping[int, str] = field(default_factory=dict[int, str], repr=False)
     parameters: frozenset[int] = frozenset()
     recorded: Tensor | None = field(default=None, repr=False)
+    is_proved: bool = False
 
     @cached_property
     def made(self) -> dict[int, tuple[Operation, int]]:
@@ -146,16 +149,30 @@ class Program:
     def is_faithful(self) -> bool:
         """Whether it makes, as it is and in the model's own dtypes, the very value that the model made."""
         if self.recorded is None:
-            return False
+            return self.is_proved
         with natively():
             values = self.run()
         made = values[self.root]
         return same_bits(made, self.recorded) or (made.dtype == torch.float64 and is_close(made, self.recorded))
 
+    def starting_from(self, given: Mapping[int, Tensor]) -> "Program":
+        """The same on other values, as those are that the model made wrong before."""
+        if not given:
+            return self
+        like = {number: shaped_as(value, self.given[number]) for number, value in given.items()}
+        return replace(self, given={**self.given, **like}, recorded=None, is_proved=self.is_faithful())
+
     def _first_made(self, operation: Operation, results: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         for place, (number, result) in enumerate(zip(operation.outputs, results, strict=False)):
             if number is not None and self.made.get(number) == (operation, place):
                 yield number, result
+
+
+def shaped_as(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the shape of another one, heads and positions in its order if they are in the other one."""
+    if value.shape != like.shape and value.ndim == like.ndim == 4 and value.transpose(1, 2).shape == like.shape:
+        return value.transpose(1, 2)
+    return value.reshape_as(like)
 
 
 def makes_bits(program: Program, edit: Edit, right: Program) -> bool:
@@ -177,26 +194,7 @@ def _own(operation: Operation, given: list[Tensor]) -> list[Tensor]:
         return [tensor.clone() for tensor in given]
     if operation.name in ("aten.view", "aten._unsafe_view"):
         return [tensor.contiguous() for tensor in given]
-    if "scaled_dot_product" in operation.name:
-        _check_attention(*given)
     return given
-
-
-def _check_attention(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
-    """Torch's own kernels trust their caller: they read beyond a tensor of another shape, and divide by a size of 0."""
-    sizes = query.ndim == key.ndim == value.ndim == 4 and key.shape[:2] == value.shape[:2]
-    if (
-        not sizes
-        or not query.numel()
-        or not key.numel()
-        or query.shape[0] != key.shape[0]
-        or query.shape[1] % key.shape[1]
-        or query.shape[3] != key.shape[3]
-        or key.shape[2:] != value.shape[2:]
-    ):
-        raise ValueError("shapes that do not fit attention")
-    for mask in others:
-        mask.expand(*query.shape[:3], key.shape[2])
 
 
 def as_it_is(operation: Operation, given: list[Tensor]) -> Any:
@@ -213,6 +211,7 @@ def with_arguments(operation: Operation, template: Any, given: list[Tensor]) -> 
 
     wide = fill_template(template, torch.dtype, _wide_dtype)
     args, kwargs = cast(tuple[Any, Any], fill_template(wide, Slot, put))
+    refuse(operation.name, args, own)
     return function(*args, **kwargs)
 
 

@@ -26,6 +26,10 @@ class Fruitless:
     """How long each took."""
     pointed: dict[tuple[object, Lines], str] = field(default_factory=dict[tuple[object, Lines], str])
     """The place that differs, and the lines → the two lines that were pointed at."""
+    nodes: set[Lines] = field(default_factory=set[Lines])
+    """Lines at which no hypothesis held when the port was run with it."""
+    rounded: int = 0
+    """Findings of rounding alone for which none held."""
 
     def longer_than(self, seconds: float) -> "Fruitless":
         """Those that took longer."""
@@ -67,7 +71,9 @@ class Session:
             return None
         if not (ours or theirs) or finding.actual < 0 or not can_run((*ours, *theirs)):
             return None
-        wanted = needed(ours, finding.actual) | needed(theirs, finding.expected) | {finding.expected}
+        starts = needed(ours, finding.actual)
+        right = {wrong: one for wrong, one in finding.carried.items() if wrong in starts}
+        wanted = starts | needed(theirs, finding.expected) | {finding.expected, *right.values()}
         kept: dict[int, Tensor] = {}
         record(self.upstream, self.run_upstream, self.teacher.values, read_views=True, keep=wanted, kept=kept)
 
@@ -92,7 +98,7 @@ class Session:
             given = {number: kept[number] for number in needed(operations, root)}
             names = dict(self._held(model))
             made.append(Program(trace, operations, root, given, names, learnt, kept.get(root)))
-        return made[0], made[1]
+        return made[0].starting_from({wrong: kept[one] for wrong, one in right.items()}), made[1]
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[int, str]]:
         return ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_parameters())

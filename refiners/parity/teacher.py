@@ -8,7 +8,7 @@ returns is compared and replaced as well. Every leaf is so judged by itself, and
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, cast
 
@@ -54,6 +54,8 @@ class Point:
     shapes: tuple[str, str] = ("", "")
     """Of both sides, upstream's first, where they disagree."""
     worst: Worst | None = None
+    is_other_size: bool = False
+    """Whether both sides hold other numbers of elements."""
 
     @property
     def place(self) -> tuple[str, str, int]:
@@ -161,12 +163,12 @@ class Teacher:
     def _hooks(self, path: str, upstream: str, points: list[Point]) -> tuple[Callable[..., Any], Callable[..., Any]]:
         lessons = self.calls.get(upstream, [])
         count = 0
-        has_other_size = False
+        has_other_size, is_turned = False, False
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            nonlocal count, has_other_size
+            nonlocal count, has_other_size, is_turned
             count += 1
-            has_other_size = False
+            has_other_size, is_turned = False, False
             if count > len(lessons):
                 return None
             given, right = (args, kwargs), lessons[count - 1].received
@@ -174,9 +176,11 @@ class Teacher:
             # all. What it returns is compared all the same.
             has_other_size = _has_other_size(given, right)
             if has_other_size or _is_alike(given, right):
-                points.append(self._compare(Where.RECEIVES, (path, upstream, count - 1), given, right))
+                point = self._compare(Where.RECEIVES, (path, upstream, count - 1), given, right)
+                is_turned = not point.agrees and not has_other_size and self._turns(module, given, lessons[count - 1])
+                points.append(_agreeing(point) if is_turned else point)
             with _undispatched():
-                return _replaced(given, right)
+                return None if is_turned else _replaced(given, right)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if count > len(lessons):
@@ -187,6 +191,7 @@ class Teacher:
                     again = _asked(module, right.received)
                     judged = right.returned if again is None else again
             point = self._compare(Where.RETURNS, (path, upstream, count - 1), judged, right.returned)
+            point = _agreeing(point) if is_turned else point
             points.append(point)
             with _undispatched():
                 return None if point.agrees and not has_other_size else _replaced(output, right.returned)
@@ -205,6 +210,26 @@ class Teacher:
         actual = [tensor.detach() for tensor in tensors_in(given)]
         return self._numbers(actual, expected) == self._known(expected)
 
+    def _turns(self, module: nn.Module, given: Any, call: Call) -> bool:
+        """Whether a leaf takes and returns what upstream's does with its channels at the other end.
+
+        As where upstream moves axes around a norm, and the port inside of it. Where all axes have one size, shapes do
+        not tell.
+        """
+        with torch.no_grad(), _undispatched():
+            actual = [tensor.detach() for tensor in tensors_in(given)]
+            if not any(tensor.ndim > 2 for tensor in actual):
+                return False
+            for axes in ((1, -1), (-1, 1)):
+                if self._are(_turned(actual, axes), call.received):
+                    returned = [tensor.detach() for tensor in tensors_in(_asked(module, actual))]
+                    return self._are(_turned(returned, axes), call.returned)
+        return False
+
+    def _are(self, actual: list[Tensor], expected: list[Tensor]) -> bool:
+        shapes = [tensor.shape for tensor in actual] == [tensor.shape for tensor in expected]
+        return shapes and tuple(map(self.values.number_of, actual)) == self._known(expected)
+
     def _compare(self, where: Where, place: tuple[str, str, int], given: Any, expected: list[Tensor]) -> Point:
         with torch.no_grad(), _undispatched():
             actual = [tensor.detach() for tensor in tensors_in(given)]
@@ -221,6 +246,7 @@ class Teacher:
                 actual=tuple(self.values.number_of(tensor) for tensor in actual),
                 shapes=("", "") if agrees else (_shapes(expected), _shapes(actual)),
                 worst=None if agrees else _worst(path, expected, actual),
+                is_other_size=[tensor.numel() for tensor in actual] != [tensor.numel() for tensor in expected],
             )
 
     def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
@@ -237,6 +263,14 @@ class Teacher:
             if id(tensor) not in self._expected:
                 self._expected[id(tensor)] = self.values.number_of(tensor)
         return tuple(self._expected[id(tensor)] for tensor in expected)
+
+
+def _turned(tensors: list[Tensor], axes: tuple[int, int]) -> list[Tensor]:
+    return [tensor.movedim(*axes) if tensor.ndim > 2 else tensor for tensor in tensors]
+
+
+def _agreeing(point: Point) -> Point:
+    return replace(point, agrees=True, actual=point.expected, shapes=("", ""), worst=None)
 
 
 def _undispatched() -> Any:
@@ -314,5 +348,12 @@ def _replaced(given: Any, right: list[Tensor]) -> Any:
     if not _is_alike(given, right):
         return None
     actual = tensors_in(given)
-    waiting = iter([_in_layout(r.clone(), t.shape) for t, r in zip(actual, right, strict=True)])
+    waiting = iter([_shaped_as(t, r) for t, r in zip(actual, right, strict=True)])
     return map_tensors(given, lambda _: next(waiting))
+
+
+def _shaped_as(tensor: Tensor, right: Tensor) -> Tensor:
+    """A copy of upstream's tensor in the shape of another one, and then in its memory: sums depend on its order."""
+    if tensor.shape == right.shape:
+        return right.clone()
+    return torch.empty_like(tensor, dtype=right.dtype).copy_(_in_layout(right, tensor.shape))

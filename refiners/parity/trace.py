@@ -42,7 +42,7 @@ _OURS = str(Path(__file__).parent)
 _FLUXION = str(Path(__file__).parent.parent / "fluxion")
 _MACHINERY = tuple(str(Path(_FLUXION) / "layers" / f"{name}.py") for name in ("chain", "adapter", "branch", "module"))
 READ_BELOW = 1 << 20
-"""Bytes below which a view of a buffer is read."""
+"""Bytes below which a view of a weight is read."""
 _engine = cast(Any, torch)._C
 _CALL_CODE = cast(Any, nn.Module)._call_impl.__code__
 
@@ -50,7 +50,7 @@ _CALL_CODE = cast(Any, nn.Module)._call_impl.__code__
 class _Known:
     """What a tracer knows of one tensor, which it does not keep alive."""
 
-    __slots__ = ("digest", "is_parameter", "number", "reference", "unread", "version")
+    __slots__ = ("digest", "is_weight", "number", "reference", "unread", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.reference = weakref.ref(tensor)
@@ -59,8 +59,8 @@ class _Known:
         self.digest = b""
         self.unread: tuple[Operation, int, int, bytes] | None = None
         """For a view that nobody has read: what made it, which result it is, its version, its digest if known."""
-        self.is_parameter: bool | None = None
-        """None for what is neither a parameter nor a buffer, nor a view of one."""
+        self.is_weight = False
+        """Whether it is a parameter or a buffer, or a view of one."""
 
 
 class Tracer(TorchDispatchMode):
@@ -91,7 +91,7 @@ class Tracer(TorchDispatchMode):
         self._of_id: dict[int, _Known] = {}
         self._weights = list(weights)
         for weight in weights:
-            self._known(weight).is_parameter = isinstance(weight, nn.Parameter)
+            self._known(weight).is_weight = True
         self._viewed: set[int] = set()
         self._by_sequence: dict[int, int] = {}
 
@@ -102,16 +102,21 @@ class Tracer(TorchDispatchMode):
             known = self._of_id[id(tensor)] = _Known(tensor)
         return known
 
-    def number_of(self, tensor: Tensor) -> int:
-        """The number of a tensor's value, computed once for each of its versions."""
-        known, version = self._known(tensor), tensor._version
+    def number_of(self, tensor: Tensor, version: int | None = None) -> int:
+        """The number of a tensor's value, computed once for each of its versions.
+
+        Receives:
+            tensor: of which the number is asked.
+            version: of a view that is just made, which will count with the tensor it is of, and does not yet.
+        """
+        known, version = self._known(tensor), tensor._version if version is None else version
         if known.version == version:
             return known.number
         before, self._paused = self._paused, True
         unread, known.unread = known.unread, None
         try:
             digest = unread[3] if unread is not None and unread[2] == version else b""
-            if known.is_parameter is not None:
+            if known.is_weight:
                 number = self.values.number_of_weight(tensor)
             else:
                 key = Fingerprint(tensor.dtype, tuple(tensor.shape), digest) if digest else fingerprint(tensor)
@@ -201,14 +206,14 @@ class Tracer(TorchDispatchMode):
     def _take_view(self, operation: Operation, base: Tensor, views: list[Tensor]) -> None:
         """A view is fingerprinted when it is read. Views of views are one operation; those of weights are weights."""
         known = self._known(base)
-        if known.is_parameter is not None:
+        if known.is_weight:
             for place, view in enumerate(views):
                 number = self._number_of_view(operation, base, view, place)
                 of_view = self._known(view)
-                of_view.version, of_view.number, of_view.is_parameter = view._version, number, known.is_parameter
+                of_view.version, of_view.number, of_view.is_weight = base._version, number, True
                 self._viewed.add(number)
             operation.inputs = (self.number_of(base),)
-            operation.outputs = self.numbers_in(views)
+            operation.outputs = tuple(self.number_of(view, base._version) for view in views)
             return
         unread = known.unread
         if unread is not None and unread[2] == base._version:
@@ -221,14 +226,14 @@ class Tracer(TorchDispatchMode):
             digest = known.digest
         for place, view in enumerate(views):
             own = digest if _holds_all(view, base) else b""
-            self._known(view).unread = (operation, place, view._version, own)
+            self._known(view).unread = (operation, place, base._version, own)
         if self.read_views:
-            _ = self.numbers_in(views)
+            _ = tuple(self.number_of(view, base._version) for view in views)
 
     def _number_of_view(self, operation: Operation, base: Tensor, view: Tensor, place: int) -> int:
-        """A part of a table in a buffer is read, as the other side may compute it; a part of a weight is not."""
+        """A small part of a weight or of a table is read: the other side may compute it, or cut it in another way."""
         number = self.number_of(base)
-        if self._known(base).is_parameter or view.nbytes >= READ_BELOW:
+        if view.nbytes >= READ_BELOW:
             return self.values.number_of_view(number, operation.name, operation.arguments, place)
         before, self._paused = self._paused, True
         try:

@@ -65,7 +65,8 @@ def walk(made: dict[int, Operation], start: int, known: set[int]) -> Walk:
         if operation is None:
             continue
         visited[operation.index] = operation
-        unknown = [number for number in operation.inputs if number not in known]
+        # A constant that nobody makes, as a tensor in an attribute, is where a way starts.
+        unknown = [number for number in operation.inputs if number not in known and number in made]
         if not unknown:
             frontier[operation.index] = operation
         for number in unknown:

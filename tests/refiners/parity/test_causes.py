@@ -14,7 +14,7 @@ from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.fingerprint import Values
 from refiners.parity.lanes import Lane, held_equal
-from refiners.parity.replay import Program, as_it_is, is_close, scalars, with_scalar
+from refiners.parity.replay import Program, is_close, scalars, with_scalar
 from refiners.parity.trace import record
 from refiners.parity.trial import Trial
 from refiners.parity.weights import fill_informative
@@ -138,14 +138,6 @@ def test_what_fits_the_weights_of_one_run_only_is_no_cause() -> None:
 
 def right(trial: Trial) -> Tensor:
     return trial.upstream.values[trial.upstream.root]
-
-
-def test_attention_on_shapes_that_do_not_fit_is_refused_and_never_run() -> None:
-    q = torch.ones(2, 4, 5, 8)
-    trace, _ = record(nn.Identity(), lambda: {"y": F.scaled_dot_product_attention(q, q, q)}, Values())
-    operation = next(op for op in trace.operations if "scaled_dot_product" in op.name)
-    with pytest.raises(ValueError, match="do not fit attention"):
-        as_it_is(operation, [q, torch.ones(2, 3, 5, 8), q])
 
 
 def test_the_base_of_frequencies_is_read_from_their_values() -> None:

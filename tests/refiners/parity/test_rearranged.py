@@ -149,3 +149,27 @@ def test_the_port_is_as_it_was() -> None:
     assert [path for path, _ in named_modules(found.port) if path.endswith("LayerNorm")] == [
         f"Pre_{layer}.Residual_{branch}.LayerNorm" for layer in (1, 2) for branch in (1, 2)
     ]
+
+
+class Halved(fl.Chain):
+    """Two branches, each added as it is or by half."""
+
+    def __init__(self, *, is_half: bool) -> None:
+        def branch() -> fl.Residual:
+            return fl.Residual(fl.LayerNorm(16), fl.Linear(16, 16), *([fl.Multiply(0.5)] if is_half else []))
+
+        super().__init__(branch(), branch())
+
+
+def test_norms_of_which_each_could_be_exchanged_with_several_do_not_stop_the_search() -> None:
+    with held_equal(LANE):
+        upstream, port = (
+            fl.Chain(*(fl.Chain(Halved(is_half=half), Halved(is_half=half)) for _ in range(2))).eval()
+            for half in (True, False)
+        )
+        fill_informative(upstream, 0)
+        port.load_state_dict(upstream.state_dict(), assign=True)
+        x = torch.linspace(-3, 3, 2 * 6 * 16).sin().view(2, 6, 16)
+        found = explain_modules(upstream, port, lambda: {"y": upstream(x)}, lambda: {"y": port(x)})
+    assert len(found.faults) == 8
+    assert all("Multiply" in fault.diagnosis or "`mul(" in fault.diagnosis for fault in found.faults)

@@ -144,3 +144,16 @@ def test_equal_gradients_have_one_number() -> None:
     traces = [record(m, lambda m=m: forward_and_backward(m, x), values, gradients=True)[0] for m in (model, other)]
     assert traces[0].gradients == traces[1].gradients
     assert {op.outputs for op in traces[0].operations} == {op.outputs for op in traces[1].operations}
+
+
+def test_a_view_of_what_was_written_to_before_is_known_where_it_is_read() -> None:
+    weight, x = nn.Parameter(torch.zeros(1, 4)), torch.zeros(3, 4)
+    with torch.no_grad():
+        weight.copy_(torch.arange(4.0))
+        x.add_(1.0)
+        model = nn.Module()
+        model.register_parameter("weight", weight)
+        trace, _ = record(model, lambda: {"y": weight.expand(3, -1) + x[:, [0]].expand(-1, 4) + x.t().t()}, Values())
+    made = {number for operation in trace.operations for number in operation.outputs}
+    read = {number for operation in trace.operations if operation.name == "aten.add" for number in operation.inputs}
+    assert read <= made

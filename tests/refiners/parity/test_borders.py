@@ -1,0 +1,106 @@
+"""Leaves that hold the same weights and do other work: a right port is not blamed, and a wrong one is named."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refiners.parity.explain import Explanation, explain_modules
+from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.weights import fill_informative
+
+LANE = Lane("float64")
+X = torch.linspace(-2, 2, 2 * 8 * 7, dtype=LANE.dtype).sin().view(2, 8, 7)
+
+
+class Nearest(nn.Module):
+    """Upstream: the nearest row of a codebook; and weights that a parametrization makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.book, self.after = nn.Linear(8, 8), nn.Embedding(5, 8), nn.Linear(8, 8)
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 4, padding=2), dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.gelu(self.conv(x)[..., :-1])
+        x = self.before(x.transpose(1, 2))
+        return self.after(self.book(torch.cdist(x, self.book.weight).argmin(-1)))
+
+
+class Book(nn.Module):
+    """The port: one module looks for the row and takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(5, 8))
+        self.is_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        distances = torch.cdist(x, self.rows)
+        return self.rows[distances.argmax(-1) if self.is_last else distances.argmin(-1)]
+
+
+class Near(nn.Module):
+    """The port: one module normalises its weights, convolves and activates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direction, self.length = nn.Parameter(torch.zeros(8, 8, 4)), nn.Parameter(torch.ones(1, 1, 4))
+        self.bias = nn.Parameter(torch.zeros(8))
+        self.start = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv1d(x, torch._weight_norm(self.direction, self.length, 2), self.bias, padding=2)
+        return F.gelu(y[..., self.start : self.start + 7])
+
+
+class Whole(nn.Module):
+    """The port of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.near, self.book, self.last = nn.Linear(8, 8), Near(), Book(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.book(self.first((x + self.near(x)).transpose(1, 2))))
+
+
+KEYS = {
+    **{f"first.{part}": f"before.{part}" for part in ("weight", "bias")},
+    **{f"last.{part}": f"after.{part}" for part in ("weight", "bias")},
+    "book.rows": "book.weight",
+    "near.length": "conv.parametrizations.weight.original0",
+    "near.direction": "conv.parametrizations.weight.original1",
+    "near.bias": "conv.bias",
+}
+
+
+def explained(path: str = "", name: str = "", value: object = None) -> Explanation:
+    with held_equal(LANE):
+        upstream, port = Nearest().to(LANE.dtype).eval(), Whole().to(LANE.dtype).eval()
+        fill_informative(upstream, 0)
+        right = {ours: upstream.state_dict()[theirs] for ours, theirs in KEYS.items()}
+        port.load_state_dict(right, assign=True)
+        if path:
+            setattr(port.get_submodule(path), name, value)
+
+        def run(model: nn.Module) -> dict[str, Tensor]:
+            return {"y": model(X.clone())}
+
+        return explain_modules(upstream, port, partial(run, upstream), partial(run, port), right_weights=right)
+
+
+def test_a_module_around_what_upstreams_leaf_does_is_not_blamed() -> None:
+    assert explained().faults == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "words"),
+    [("near", "start", 1, "`start` is 0, not 1"), ("book", "is_last", True, "is_last")],
+)
+def test_what_is_wrong_in_such_a_module_is_named(path: str, name: str, value: object, words: str) -> None:
+    (fault,) = explained(path, name, value).faults
+    assert fault.finding.port == path
+    assert words in fault.diagnosis
