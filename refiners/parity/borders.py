@@ -41,13 +41,15 @@ def without_wholes(lesson: Lesson, again: Callable[[Pairing], Lesson]) -> Lesson
     """Leaves are left out that are given something of another kind than upstream's, and return something else."""
     for point in lesson[1]:
         findings, points, pairing, _ = lesson
-        if point.agrees or point.where is not Where.RETURNS or point.port not in pairing:
+        if point.agrees or point.port not in pairing or (point.where is Where.RECEIVES and not point.is_other_rank):
             continue
         place = Where.RECEIVES, point.port, point.call
-        if any(other.place == place for other in points):  # it is given what upstream's is, or what should be that
+        given = next((other for other in points if other.place == place), None)
+        if given is not None and not given.is_other_rank:  # it is given what upstream's is, or what should be that
             continue
         other = again({path: leaf for path, leaf in pairing.items() if path != point.port})
-        if point.is_other_size or _places(other[0]) < _places(findings):
+        is_fewer = _places(other[0]) < _places(findings) or (given is not None and len(other[0]) < len(findings))
+        if (given is None and point.is_other_size) or is_fewer:
             lesson = other
     return lesson
 

@@ -49,28 +49,30 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if by_values.is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (by_values.wired(finding, session), False)
-    programs = _programs(finding, session)
-    found = _by_hypothesis(finding, session, programs)
+    programs = _programs(finding, session) if session.fruitless.rounded >= MOST_ROUNDED else None
+    is_rounding = programs is not None and causes.is_rounding_of_float32(*programs)
+    found = None if is_rounding else _by_hypothesis(finding, session)
     if session.is_late() or (found and not found.is_vague):
         return (found.text if found else ""), bool(found)
     vague = found.text if found else ""
+    programs = programs or _programs(finding, session)
     told = by_values.repeated(finding, session) or (_cause(*programs, finding, session) if programs else "")
+    session.fruitless.rounded += told == causes.ONLY_ROUNDING
     if vague and told in ("", causes.ONLY_ROUNDING):
         return vague, True
     return told or by_values.by_data_flow(finding, session), False
 
 
-def _by_hypothesis(finding: Finding, session: Session, programs: tuple[Program, Program] | None) -> Hypothesis | None:
+def _by_hypothesis(finding: Finding, session: Session) -> Hypothesis | None:
     """The first hypothesis that holds, where running the port can tell: a vague one if no other does.
 
     It cannot where the port's way goes on with a value that was found wrong before. What never held at these lines in
-    another layer is not tried again, nor is what differs by rounding alone in many places.
+    another layer is not tried again.
     """
     if finding.carried.keys() & needed(finding.port_region, finding.actual or -1):
         return None
     known, lines = session.fruitless, () if finding.is_leaf else _lines_of(finding)
-    is_rounding = bool(programs) and causes.is_rounding_of_float32(*programs)
-    if lines in known.nodes or (is_rounding and known.rounded >= MOST_ROUNDED):
+    if lines in known.nodes:
         return None
     check, vague = _check_of(finding, session), None
     for hypothesis in _proposed(finding, session):
@@ -80,7 +82,6 @@ def _by_hypothesis(finding: Finding, session: Session, programs: tuple[Program, 
             if not hypothesis.is_vague:
                 return hypothesis
             vague = hypothesis
-    known.rounded += is_rounding
     known.nodes |= {lines} if lines and vague is None else set()
     return vague
 

@@ -29,7 +29,7 @@ class Fruitless:
     nodes: set[Lines] = field(default_factory=set[Lines])
     """Lines at which no hypothesis held when the port was run with it."""
     rounded: int = 0
-    """Findings of rounding alone for which none held."""
+    """Findings of rounding alone."""
 
     def longer_than(self, seconds: float) -> "Fruitless":
         """Those that took longer."""

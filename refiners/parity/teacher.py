@@ -56,6 +56,8 @@ class Point:
     worst: Worst | None = None
     is_other_size: bool = False
     """Whether both sides hold other numbers of elements."""
+    is_other_rank: bool = False
+    """Whether they have other numbers of axes as well."""
 
     @property
     def place(self) -> tuple[str, str, int]:
@@ -234,7 +236,8 @@ class Teacher:
         with torch.no_grad(), _undispatched():
             actual = [tensor.detach() for tensor in tensors_in(given)]
             numbers, right = self._numbers(actual, expected), self._known(expected)
-            agrees = numbers == right
+            agrees = numbers == right or (where is Where.RETURNS and _is_part(numbers, right))
+            is_other_size = [tensor.numel() for tensor in actual] != [tensor.numel() for tensor in expected]
             path, upstream, call = place
             return Point(
                 where=where,
@@ -246,7 +249,8 @@ class Teacher:
                 actual=tuple(self.values.number_of(tensor) for tensor in actual),
                 shapes=("", "") if agrees else (_shapes(expected), _shapes(actual)),
                 worst=None if agrees else _worst(path, expected, actual),
-                is_other_size=[tensor.numel() for tensor in actual] != [tensor.numel() for tensor in expected],
+                is_other_size=is_other_size,
+                is_other_rank=is_other_size and [t.ndim for t in actual] != [t.ndim for t in expected],
             )
 
     def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
@@ -267,6 +271,12 @@ class Teacher:
 
 def _turned(tensors: list[Tensor], axes: tuple[int, int]) -> list[Tensor]:
     return [tensor.movedim(*axes) if tensor.ndim > 2 else tensor for tensor in tensors]
+
+
+def _is_part(numbers: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether one leaf returns all that the other does and more: a router its scores, and which of them it chose."""
+    fewer, more = sorted((numbers, right), key=len)
+    return 0 < len(fewer) < len(more) and set(fewer) <= set(more)
 
 
 def _agreeing(point: Point) -> Point:
