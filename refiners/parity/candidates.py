@@ -7,7 +7,7 @@ here knows whether a change is right: that is tried (`refiners.parity.trial`).
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ MOST_LEAVES = 8
 EXTRA = " (a residual too much)"
 UNKNOWN = "a value"
 """Of what has no name."""
+
+
+_OTHER_BOUND = {"aten.lt": "le", "aten.le": "lt", "aten.gt": "ge", "aten.ge": "gt"}
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,24 @@ def _in_parts(size: int) -> Change:
     def change(operation: Operation, given: list[Tensor]) -> Tensor:
         parts = given[0].reshape(*given[0].shape[:-1], -1, size)
         return parts.mean(-1).repeat_interleave(size, dim=-1)
+
+    return change
+
+
+def bounds(program: Program) -> Iterator[Candidate]:
+    """A comparison lets its limit in where it should not, or leaves it out: a window that is one too wide."""
+    for group in groups(program):
+        other = _OTHER_BOUND.get(group[0].name)
+        if other is not None:
+            at = f"{group[0].source}"
+            text = f"when `{other}` is in the place of `{flow.name_of(group[0])}` at {at}, which is off by one"
+            yield Candidate(text, _everywhere(group, _compared_by(other)), (other, at))
+
+
+def _compared_by(name: str) -> Change:
+    def change(operation: Operation, given: list[Tensor]) -> object:
+        function = getattr(getattr(torch.ops.aten, name), operation.function._overloadname)
+        return with_arguments(replace(operation, function=function), operation.template, given)
 
     return change
 

@@ -122,7 +122,8 @@ def _bitwise(port: Program, upstream: Program) -> str:
 def _why(trial: Trial, *, is_part: bool = False) -> str:
     if is_rounding(trial.port, trial.upstream):
         return ""
-    known = itertools.chain(candidates.bases(trial.port, trial.upstream), sources.cuts(trial.port))
+    port = trial.port
+    known = itertools.chain(candidates.bases(port, trial.upstream), sources.cuts(port), candidates.bounds(port))
     told = _tried(lambda: _first(trial, known) or _activation(trial))
     if not told and _tried(lambda: _first(trial, candidates.exchanged(trial.port))):
         told = _alternatives(trial, _of_leaves(trial))

@@ -96,6 +96,27 @@ class Attends(nn.Module):
         return self.o(attended.transpose(1, 2).reshape(2, 6, 16))
 
 
+class Window(nn.Module):
+    """Attention to three places: a token's own and the two before it."""
+
+    def __init__(self, back: bool = False) -> None:
+        super().__init__()
+        self._back = back
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        near = self.by_distance() if self._back else self.by_place(torch.arange(6)[:, None], torch.arange(6))
+        return (q @ k.transpose(-1, -2)).masked_fill(~near, -1e4).softmax(-1) @ v
+
+    def by_place(self, query: Tensor, key: Tensor) -> Tensor:
+        return torch.ones((), dtype=torch.bool) & (key > query - 3) & (key <= query)
+
+    def by_distance(self) -> Tensor:
+        back = torch.arange(6)[:, None] - torch.arange(6)
+        return (back >= 0) & (back <= 3)
+
+
 class Block(nn.Module):
     """A residual block."""
 
@@ -176,6 +197,7 @@ FAULTS: dict[str, Row] = {
     "gelu-tanh": (Gated, {"approximate": "tanh"}, TOKENS, "", ("`approximate` is 'none', not 'tanh'",)),
     "query-key": (Attends, {"swap": True}, TOKENS, "", ("`query` and `key` are exchanged",)),
     "mask-off-by-one": (Attends, {"shift": 1}, TOKENS, "", ("`diagonal` is 1, not 2",)),
+    "window-too-wide": (Window, {"back": True}, TOKENS, "", ("`lt` is in the place of `le`", "off by one")),
     "mask-sign": (Attends, {"sign": -1.0}, TOKENS, "", ("without `mul", "-1.0")),
     "attention-scale": (Attends, {"scale": 1.0}, TOKENS, "", ("`scale` is None, not 1.0",)),
     "norm-order": (
