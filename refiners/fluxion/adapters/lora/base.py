@@ -64,12 +64,12 @@ class Lora(Delta[T], Generic[T]):
 
     def reset_parameters(self) -> None:
         """Draw new weights for `down`, and make those of `up` zero."""
-        # Tensors without a history, which takes less time than a block that keeps none, as in `torch.nn.init`.
-        tensors = {role: weight.tensor.detach() for role, weight in self.weights().items()}
-        if not tensors["down"].is_meta:
-            tensors["down"].normal_(std=1 / self.rank)
-            for role in tensors.keys() & {"up", "up_bias"}:
-                tensors[role].zero_()
+        weights = self.weights()
+        if not weights["down"].tensor.is_meta:
+            # Without a history, which takes less time than a block that keeps none, as in `torch.nn.init`.
+            weights["down"].tensor.detach().normal_(std=1 / self.rank)
+            for role in weights.keys() & {"up", "up_bias"}:
+                weights[role].tensor.detach().zero_()
 
     def weights(self) -> dict[str, Weight]:
         down, up = islice(self.__dict__["_modules"].values(), 2)
