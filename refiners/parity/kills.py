@@ -222,8 +222,7 @@ class _Hunt:
             planned.sort(key=lambda mutant: random.Random(f"{self.settings.seed}:{mutant.fault}").random())
             if built.seconds > SLOW:
                 self.family.left_out += max(0, len(planned) - MUTANTS_OF_SLOW_CASES)
-                planned = planned[:MUTANTS_OF_SLOW_CASES]
-            self._try(built, planned[: self.settings.per_case], until)
+            self._try(built, planned[: self._most(built)], until)
             if not any(m.fault not in self.killed and OPERATORS[m.operator].lanes == "half" for m in built.mutants()):
                 break  # no mistake of precision is left for the other lane: it need not be built
 
