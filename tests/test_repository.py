@@ -49,7 +49,10 @@ def test_ci_runs_the_two_commands_and_the_other_sessions_and_nothing_else() -> N
     begin = commands.index(TWO_COMMANDS[0])
     assert commands[begin : begin + 2] == TWO_COMMANDS
     assert all(re.fullmatch(r"nox -s( \w+)+", command) for command in commands[begin + 1 :])
-    assert all(re.match(r"set |cd |python=|\"\$python\" -m venv |source ", command) for command in commands[:begin])
+    assert all(
+        re.match(r"set |cd |python=|\"\$python\" -m venv |source |export CI=true$", command)
+        for command in commands[:begin]
+    )
 
 
 def test_ci_runs_every_check_here_and_on_the_hosted_runners() -> None:
