@@ -236,7 +236,7 @@ def walk_everything(tree: Any) -> None:
 
 
 def reading(act: Callable[[Any], object], n: int = 372) -> Growth[Any]:
-    """What is done to a tree of n and of 2n layers without changing it."""
+    """What is done to trees without changing them."""
     return Growth(build=cache(subjects.blocks), act=act, n=n, limit=LINEAR)
 
 
@@ -250,4 +250,4 @@ def build_chains() -> Growth[Any]:
     def build(layers: list[Any]) -> None:
         fl.Chain(*[fl.Chain(layer) for layer in layers])
 
-    return Growth(build=subjects.meta_linears, act=build, n=743, limit=LINEAR)
+    return Growth(build=subjects.meta_linears, act=build, n=372, limit=LINEAR)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from math import inf
+from math import inf, sqrt
 from typing import Any, Generic, Protocol, TypeVar
 
 from benchmarks.engine.figures import BUDGET, FEWEST_DRAWS, PRECISION, Clock, Figure, measure
@@ -161,16 +161,20 @@ class Work(Generic[T]):
 
 
 class Growth(Work[T]):
-    """By how much the time of the act grows from size n to size 2n: 2 is linear, 4 is quadratic."""
+    """By how much the time of the act grows when its size doubles: 2 is linear, 4 is quadratic.
+
+    A size at which something leaves a cache of the processor makes one doubling look slow, so it is the mean of two,
+    from n / 2 to 2n: the root of how much the time grows when the size is four times as large. Noise halves with it.
+    """
 
     def figure(self, budget: float = BUDGET) -> Figure:
         with frozen_garbage():
-            self._seconds(self.n)
+            self._seconds(self.n // 2)
             self._seconds(2 * self.n)
             return self._measure(self._ratio, budget, unit="×")
 
     def _ratio(self) -> float:
         # The faster of two each, since what neighbours do only ever adds.
-        small = self._seconds(self.n)
+        small = self._seconds(self.n // 2)
         large = min(self._seconds(2 * self.n), self._seconds(2 * self.n))
-        return large / min(small, self._seconds(self.n))
+        return sqrt(large / min(small, self._seconds(self.n // 2)))

@@ -1,18 +1,16 @@
 """Leaves that hold the same weights and do other work: a right port is not blamed, and a wrong one is named."""
 
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refiners.parity.explain import Explanation, explain_modules
-from refiners.parity.lanes import Lane, held_equal
-from refiners.parity.weights import fill_informative
+from refiners.parity.explain import Explanation
+from tests.refiners.parity.toys import explained_pair
 
-LANE = Lane("float64")
-X = torch.linspace(-2, 2, 2 * 8 * 7, dtype=LANE.dtype).sin().view(2, 8, 7)
+X = torch.linspace(-2, 2, 2 * 8 * 7, dtype=torch.float64).sin().view(2, 8, 7)
 
 
 class Nearest(nn.Module):
@@ -77,19 +75,8 @@ KEYS = {
 }
 
 
-def explained(path: str = "", name: str = "", value: object = None) -> Explanation:
-    with held_equal(LANE):
-        upstream, port = Nearest().to(LANE.dtype).eval(), Whole().to(LANE.dtype).eval()
-        fill_informative(upstream, 0)
-        right = {ours: upstream.state_dict()[theirs] for ours, theirs in KEYS.items()}
-        port.load_state_dict(right, assign=True)
-        if path:
-            setattr(port.get_submodule(path), name, value)
-
-        def run(model: nn.Module) -> dict[str, Tensor]:
-            return {"y": model(X.clone())}
-
-        return explain_modules(upstream, port, partial(run, upstream), partial(run, port), right_weights=right)
+def explained(*fault: Any) -> Explanation:
+    return explained_pair(Nearest(), Whole(), KEYS, [X], fault=fault or None)
 
 
 def test_a_module_around_what_upstreams_leaf_does_is_not_blamed() -> None:

@@ -1,16 +1,16 @@
 """Leaves of one weight that return more than one another, or are given other things, are no fault by that."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from refiners.parity.explain import Explanation, explain_modules
-from refiners.parity.lanes import Lane, held_equal
-from refiners.parity.weights import fill_informative
+from refiners.parity.explain import Explanation
+from tests.refiners.parity.toys import explained_pair
 
-LANE = Lane("float64")
-X = torch.linspace(-2, 2, 3 * 7 * 8, dtype=LANE.dtype).sin().view(3, 7, 8)
-LEVEL = torch.tensor([0.3, 1.2, 2.5], dtype=LANE.dtype)
+X = torch.linspace(-2, 2, 3 * 7 * 8, dtype=torch.float64).sin().view(3, 7, 8)
+LEVEL = torch.tensor([0.3, 1.2, 2.5], dtype=torch.float64)
 
 
 class Router(nn.Linear):
@@ -72,21 +72,8 @@ KEYS = {
 }
 
 
-def explained(path: str = "", name: str = "") -> Explanation:
-    with held_equal(LANE):
-        upstream, port = Upstream().to(LANE.dtype).eval(), Port().to(LANE.dtype).eval()
-        fill_informative(upstream, 0)
-        right = {ours: upstream.state_dict()[theirs] for ours, theirs in KEYS.items()}
-        port.load_state_dict(right, assign=True)
-        if name:
-            setattr(port.get_submodule(path), name, True)
-        return explain_modules(
-            upstream,
-            port,
-            lambda: {"y": upstream(X.clone(), LEVEL.clone())},
-            lambda: {"y": port(X.clone())},
-            right_weights=right,
-        )
+def explained(*fault: Any) -> Explanation:
+    return explained_pair(Upstream(), Port(), KEYS, [X, LEVEL], [X], fault=fault or None)
 
 
 def test_a_gate_that_gives_its_scores_only_is_not_blamed() -> None:
@@ -95,6 +82,6 @@ def test_a_gate_that_gives_its_scores_only_is_not_blamed() -> None:
 
 @pytest.mark.parametrize(("path", "name", "words"), [("", "is_sigmoid", "softmax"), ("level", "is_log", "is_log")])
 def test_the_fault_beside_such_leaves_is_the_only_one(path: str, name: str, words: str) -> None:
-    (fault,) = explained(path, name).faults
+    (fault,) = explained(path, name, True).faults
     assert fault.finding.port == path
     assert words in fault.diagnosis

@@ -1,6 +1,7 @@
 """An upstream of twenty lines, its port, and a case of the two: what the rules of the engine are tried on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refiners.parity import Case, CaseRunner, Lane, Result
+from refiners.parity.explain import Explanation, explain_modules
+from refiners.parity.lanes import held_equal
+from refiners.parity.weights import fill_informative
 
 
 class SameKeys:
@@ -63,3 +67,32 @@ def make_case(port: Callable[[], nn.Module] = Port, **changes: Any) -> Case:
 
 def result_of(case: Case, lane: str = "float64") -> Result:
     return CaseRunner(case).run(Lane(lane))
+
+
+def explained_pair(
+    upstream: nn.Module,
+    port: nn.Module,
+    keys: Mapping[str, str],
+    inputs: Sequence[Tensor],
+    inputs_of_port: Sequence[Tensor] | None = None,
+    fault: tuple[str, str, object] | None = None,
+) -> Explanation:
+    """What is said in float64 of a port with upstream's weights, run once each on copies of the inputs.
+
+    A fault is another value of an attribute: the path of a module, the name and the value.
+    """
+    lane = Lane("float64")
+    with held_equal(lane):
+        upstream, port = upstream.to(lane.dtype).eval(), port.to(lane.dtype).eval()
+        fill_informative(upstream, 0)
+        right = {ours: upstream.state_dict()[theirs] for ours, theirs in keys.items()}
+        port.load_state_dict(right, assign=True)
+        if fault is not None:
+            path, name, value = fault
+            setattr(port.get_submodule(path), name, value)
+
+        def once(model: nn.Module, given: Sequence[Tensor]) -> dict[str, Tensor]:
+            return {"y": model(*(tensor.clone() for tensor in given))}
+
+        theirs, ours = partial(once, upstream, inputs), partial(once, port, inputs_of_port or inputs)
+        return explain_modules(upstream, port, theirs, ours, right_weights=right)

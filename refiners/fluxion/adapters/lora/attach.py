@@ -69,6 +69,19 @@ def names_around(parent: Chain) -> set[str]:
     return names
 
 
+def attach_to_first(
+    delta: Delta[Any], target: Chain, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> tuple[LoraAdapter, Chain | None] | None:
+    """See `Delta.auto_attach`."""
+    for place in find_places(target, include, exclude):
+        if delta.name not in place.names and delta.is_compatible(place.layer):
+            if isinstance(place.parent, LoraAdapter):
+                place.parent.add_lora(delta)
+                return place.parent, None
+            return LoraAdapter(place.layer, delta), place.parent
+    return None
+
+
 @all_or_nothing
 def auto_attach_loras(
     loras: Mapping[str, Lora[Any]],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError
-from refiners.fluxion.adapters.lora.building import Strength, Weight
+from refiners.fluxion.adapters.lora.building import Strength, Weight, require_rank
 from refiners.fluxion.adapters.lora.delta import Delta
 from refiners.fluxion.adapters.lora.files import pair_weights
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
@@ -48,8 +48,7 @@ class Lora(Delta[T], Generic[T]):
         rank_stabilized: bool = False,
         bias: bool = False,
     ) -> None:
-        if rank < 1:
-            raise AdapterTypeError(f"{type(self).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
+        require_rank(rank, self, name)
         # Past torch's `__setattr__`, as in `Delta`.
         self.__dict__.update(name=name, rank=rank, bias=bias)
         layers = self.lora_layers(device=device, dtype=dtype)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from refiners.errors import AdapterTypeError
 from refiners.fluxion.adapters.merging import parameters_of
 from refiners.fluxion.layers.factory import Factory
 from refiners.fluxion.layers.linear import Linear
@@ -38,6 +39,16 @@ class Strength(TypedDict, total=False):
     scale: float
     alpha: float | None
     rank_stabilized: bool
+
+
+def require_rank(rank: int, adapter: object, name: str) -> None:
+    """Nothing, if a rank is one.
+
+    Raises:
+        AdapterTypeError: It is less than 1.
+    """
+    if rank < 1:
+        raise AdapterTypeError(f"{type(adapter).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
 
 
 def placed_like(target: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> Factory:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from refiners.errors import AdapterTypeError
-from refiners.fluxion.adapters.lora.building import Strength, Weight, in_mode_of, placed_like
+from refiners.fluxion.adapters.lora.building import Strength, Weight, in_mode_of, placed_like, require_rank
 from refiners.fluxion.adapters.lora.forms import axes_of, with_axes
 from refiners.fluxion.adapters.lora.spec import DeltaSpec
 from refiners.fluxion.adapters.lora.switch import Switch
@@ -69,8 +69,7 @@ class Delta(Chain, Generic[T]):
         alpha: float | None = None,
         rank_stabilized: bool = False,
     ) -> None:
-        if rank < 1:
-            raise AdapterTypeError(f"{type(self).__name__} {name!r} has rank {rank}: the rank is 1 or more.")
+        require_rank(rank, self, name)
         # Past torch's `__setattr__`, which would take longer than to build a layer.
         self.__dict__.update(name=name, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, switch=Switch())
         super().__init__(*layers)
@@ -387,16 +386,9 @@ class Delta(Chain, Generic[T]):
             None without such a layer. If the layer has an adapter of LoRAs already, that adapter, which this one was
             added to, and None; otherwise a new adapter and the Chain to inject it into.
         """
-        from refiners.fluxion.adapters.lora.adapter import LoraAdapter
-        from refiners.fluxion.adapters.lora.attach import find_places
+        from refiners.fluxion.adapters.lora.attach import attach_to_first
 
-        for place in find_places(target, include, exclude):
-            if self.name not in place.names and self.is_compatible(place.layer):
-                if isinstance(place.parent, LoraAdapter):
-                    place.parent.add_lora(self)
-                    return place.parent, None
-                return LoraAdapter(place.layer, self), place.parent
-        return None
+        return attach_to_first(self, target, include, exclude)
 
 
 @lru_cache(maxsize=256)
