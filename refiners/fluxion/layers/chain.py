@@ -83,7 +83,7 @@ class Chain(Branch):
             raise InputError(f"{self.get_path()} takes exactly one input, got {len(args)}.")
         provider = self._provider
         if is_dynamo_compiling():
-            return _run_traced(self, args) if provider is None else self._forward_traced(*args)
+            return _run_children(self, args) if provider is None else self._forward_traced(*args)
         outer = provider.enter() if provider is not None else None
         direct = self._children_are_plain and not calls_are_observed()
         lets_go = direct and self._holds_nodes
@@ -141,7 +141,7 @@ class Chain(Branch):
             provider.leave(outer)
 
     def _run_traced(self, args: tuple[Any, ...]) -> Any:
-        return _run_traced(self, args)
+        return _run_children(self, args)
 
     # --- contexts ------------------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class Chain(Branch):
 
 
 # pyright: reportPrivateUsage=false
-def _run_traced(chain: Chain, args: tuple[Any, ...]) -> Any:
+def _run_children(chain: Chain, args: tuple[Any, ...]) -> Any:
     # No method, and as few attributes as it can do with: torch.compile guards each that it reads, of each Chain.
     x: Any = args
     layer: Any = None
