@@ -3,6 +3,7 @@
     unet.mid_block.attentions.0.proj_in.lora_A.weight      diffusers: the part, the layer, the role
     unet.….attn1.processor.to_q_lora.down.weight           diffusers before 0.18
     text_encoder.….q_proj.lora_linear_layer.up.weight      diffusers before peft
+    diffusion_model.input_blocks.1.1.proj_in.lora_up.weight   ComfyUI, read as diffusers' with other names
     base_model.model.encoder.layer.0.output.lora_B.weight  peft
     lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha     kohya: the part, the layer with `_` for `.`, the role
 
@@ -75,7 +76,16 @@ _KOHYA_PARTS = {
     "lora_transformer_": "transformer",
     "lycoris_": "",
 }
-_DIFFUSERS_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "controlnet")
+_DOTTED_PARTS = {
+    **{
+        f"{part}.": part
+        for part in ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "controlnet")
+    },
+    # ComfyUI, whose layers have the names of the original code.
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +142,10 @@ def _read_peft(key: str) -> Key:
 
 def _read_diffusers(key: str) -> Key:
     name, end = split_end(key)
-    first, _, rest = name.partition(".")
-    part = first if rest and first in _DIFFUSERS_PARTS else ""
-    prefix = f"{part}." if part else ""
+    prefix = next((prefix for prefix in _DOTTED_PARTS if name.startswith(prefix)), "")
     # Attention processors held the LoRAs of old: `attn1.processor.to_q_lora` is for `attn1.to_q`.
     module = name.removeprefix(prefix).replace(".processor.", ".")
-    return Key(key, prefix, part, module, ENDS.get(end, ""))
+    return Key(key, prefix, _DOTTED_PARTS.get(prefix, ""), module, ENDS.get(end, ""))
 
 
 def split_end(key: str) -> tuple[str, str]:

@@ -84,6 +84,14 @@ def test_kohya_has_the_names_of_the_original_code_for_xl_alone() -> None:
     assert next(iter(file("1", "kohya").entries)).startswith("lora_unet_down_blocks_0_attentions_0_")
 
 
+def test_comfyui_has_the_names_of_the_original_code_with_dots() -> None:
+    keys = [f"diffusion_model.input_blocks.4.1.proj_in.lora_{end}.weight" for end in ("down", "up")]
+    specs = read_loras({key: torch.zeros(640, 1) for key in keys} | {keys[0]: torch.zeros(1, 640)}).specs_for(
+        unet("XL")
+    )
+    assert list(specs) == [lora_names(unet("XL")).paths["down_blocks.1.attentions.0.proj_in"]]
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("version", UNETS)
 def test_what_a_file_is_for_is_recognised(version: str, layout: str) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files without upstream: keys, layouts, names, bad input, and round trips."""
+"""LoRA files without upstream: names, bad input, and round trips."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import refiners.fluxion.layers as fl
 from refiners.conversion import KeyMap
 from refiners.conversion.loras import LoraFile, LoraNames, lora_file, read_loras, write_loras
-from refiners.conversion.loras.roles import layouts_of, split_end
+from refiners.conversion.loras.roles import split_end
 from refiners.conversion.loras.storage import write_as_library
 from refiners.errors import ConversionError, FileFormatError
 from refiners.fluxion.adapters import DeltaSpec, inject_loras
@@ -81,31 +81,7 @@ def problem_of(tensors: Mapping[str, Tensor], toy: nn.Module) -> str:
     return str(caught.value)
 
 
-# Keys and names
-
-
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("unet.mid.to_q.lora_A.weight", ("unet.mid.to_q", "lora_A.weight")),
-        ("mid.attn1.processor.to_out_lora.up.weight", ("mid.attn1.processor.to_out", "lora.up.weight")),
-        ("encoder.q_proj.lora_linear_layer.down.weight", ("encoder.q_proj", "lora_linear_layer.down.weight")),
-        ("base_model.model.fc.lora_A.default.weight", ("base_model.model.fc", "lora_A.weight")),
-        ("base_model.model.fc.lokr_w1.default", ("base_model.model.fc", "lokr_w1")),
-        ("unet.mid.to_q_lora.alpha", ("unet.mid.to_q", "alpha")),
-        ("lora_te1_fc.hada_w1_a", ("lora_te1_fc", "hada_w1_a")),
-        ("fc.weight", ("", "")),
-    ],
-)
-def test_the_end_of_a_key_says_which_tensor_it_is(key: str, expected: tuple[str, str]) -> None:
-    assert split_end(key) == expected
-
-
-def test_the_layout_is_told_from_the_keys() -> None:
-    assert layouts_of(state()) == ["diffusers"]
-    assert layouts_of(kohya(state())) == ["kohya"]
-    assert layouts_of({f"base_model.model.{key}": 0 for key in state()}) == ["peft"]
-    assert layouts_of(["fc.weight"]) == []
+# Names
 
 
 def test_underscores_are_looked_up_and_never_taken_apart(toy: Toy) -> None:
