@@ -128,7 +128,7 @@ def test_run_writes_every_report_that_was_asked_for(console: Console, tmp_path: 
 
 def test_run_explains_what_differs_in_short(console: Console) -> None:
     run_cases("cases_for_commands", lanes="float64", console=console)
-    assert "  norm_1 receives what upstream's leaf receives, and returns something else\n" in text(console)
+    assert "  norm_{1,2} receives what upstream's leaf receives, and returns something else\n" in text(console)
     assert "    equal when `eps` is 1e-05\n" in text(console)
     assert "refiners parity show toy/bad --lanes float64 --cases cases_for_commands" in text(console)
 

@@ -1,0 +1,77 @@
+"""Where many nodes differ by rounding alone, hypotheses are tried on the first few only; what is more is told still."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refiners.parity import diagnose
+from refiners.parity.causes import ONLY_ROUNDING
+from refiners.parity.explain import Explanation, explain_modules
+from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.weights import fill_informative
+
+LANE = Lane("float32")
+X = torch.linspace(-2, 2, 3 * 5 * 32).sin().view(3, 5, 32)
+LAYERS = diagnose.MOST_ROUNDED + 3
+
+
+class Layer(nn.Module):
+    """A gate between two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y * y.sigmoid() / 3)
+
+
+class OtherOrder(Layer):
+    """The same, in another order of operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y * (y.sigmoid() / 3))
+
+
+class OtherGate(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y * (y.tanh() / 3))
+
+
+def explained(*layers: type[Layer]) -> Explanation:
+    with held_equal(LANE):
+        upstream = nn.Sequential(*(Layer() for _ in layers)).eval()
+        port = nn.Sequential(*(layer() for layer in layers)).eval()
+        fill_informative(upstream, 0)
+        port.load_state_dict(upstream.state_dict(), assign=True)
+        runs = (lambda model=model: {"y": model(X.clone())} for model in (upstream, port))
+        return explain_modules(upstream, port, *runs)
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths at which hypotheses were tried."""
+    paths: list[str] = []
+    search = diagnose.by_hypothesis
+
+    def counted(finding: diagnose.Finding, session: diagnose.Session) -> object:
+        paths.append(finding.port)
+        return search(finding, session)
+
+    monkeypatch.setattr(diagnose, "by_hypothesis", counted)
+    return paths
+
+
+def test_hypotheses_are_tried_on_the_first_few_that_differ_by_rounding(searched: list[str]) -> None:
+    faults = explained(*[OtherOrder] * LAYERS).faults
+    assert [fault.diagnosis for fault in faults] == [ONLY_ROUNDING] * LAYERS
+    assert searched == [str(place) for place in range(diagnose.MOST_ROUNDED)]
+
+
+def test_a_fault_behind_many_that_differ_by_rounding_is_told(searched: list[str]) -> None:
+    (fault,) = explained(*[OtherOrder] * LAYERS, OtherGate).faults
+    assert fault.finding.port == searched[-1] == str(LAYERS)
+    assert "sigmoid" in fault.diagnosis
