@@ -1,3 +1,4 @@
+import gc
 import time
 from typing import Any
 
@@ -169,10 +170,10 @@ def test_one_error_lists_all_that_is_missing_unexpected_and_of_another_shape() -
 
 def test_hundreds_of_problems_are_counted_and_the_first_shown() -> None:
     weights = {f"layer_{i}.weight_of_{i % 7}": torch.zeros(1) for i in range(900)}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConversionError) as caught:
         KEY_MAP.convert(weights, port_of(100))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert "(900)" in str(caught.value)
     assert "… and 888 more" in str(caught.value)
     assert len(str(caught.value)) < 8000
@@ -363,9 +364,14 @@ def test_the_time_of_a_conversion_is_linear_in_the_number_of_keys() -> None:
     def seconds(count: int) -> float:
         weights = {f"blocks.{i}.{name}.weight": tensor.clone() for i in range(count) for name in "abcdefgh"}
         target = {f"Blocks.Block_{i + 1}.{name}.weight": tensor.clone() for i in range(count) for name in "abcdefgh"}
-        start = time.process_time()
-        key_map.convert(weights, target)
-        return time.process_time() - start
+        # A collection looks at all that the other tests have left, and takes longer than the conversion.
+        gc.disable()
+        try:
+            start = time.process_time()
+            key_map.convert(weights, target)
+            return time.process_time() - start
+        finally:
+            gc.enable()
 
     times = [(seconds(210), seconds(420)) for _ in range(5)]
     as_many_as_sdxl, twice = (min(run[index] for run in times) for index in (0, 1))
