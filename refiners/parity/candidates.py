@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from refiners.parity import flow, orders, unlike
-from refiners.parity.operations import Operation
+from refiners.parity.operations import Operation, tensors_in
 from refiners.parity.replay import (
     HUGE,
     Change,
     Edit,
     Program,
+    as_it_is,
     left_out,
     scalars,
     shaped_as,
@@ -26,6 +27,7 @@ from refiners.parity.replay import (
     with_scalar,
 )
 from refiners.parity.trial import Making
+from refiners.parity.ways import made_of
 
 NUMBERS = (1e4, 1e5, 5e5, 1e6, 1e3, 5e3, 0.5, 1.0, 2.0, 0.0, 1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
 DEEPEST = 4
@@ -36,6 +38,9 @@ UNKNOWN = "a value"
 """Of what has no name."""
 
 
+_JOINS_AXES = frozenset(
+    f"aten.{name}" for name in ("mul", "add", "bitwise_and", "bitwise_or", "logical_and", "logical_or")
+)
 _OTHER_BOUND = {"aten.lt": "le", "aten.le": "lt", "aten.gt": "ge", "aten.ge": "gt"}
 
 
@@ -109,6 +114,27 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
             name = _argument_of(operation, path)
             text = f"when in `{flow.name_of(operation)}` at {at} {name} is {flow.number(new)}, not {flow.number(value)}"
             yield Candidate(text, _everywhere(group, _with(path, new)), (operation.name, at, path))
+
+
+def outer(program: Program) -> Iterator[Candidate]:
+    """An operation less of those that join two values along axes that one of them lacks, as masks."""
+    for group in groups(program):
+        first = group[0]
+        if first.name not in _JOINS_AXES or len(first.inputs) != 2 or first.outputs[0] is None:
+            continue
+        size = program.values[first.outputs[0]].numel()
+        for place in range(2) if all(program.values[number].numel() < size for number in first.inputs) else ():
+            text = f"without {flow.told(first)} at {first.source}"
+            yield Candidate(text, _everywhere(group, _repeated(place)), (first.name, str(first.source), len(group)))
+
+
+def _repeated(place: int) -> Change:
+    """One of the values alone, for each entry of the axes that the other one has."""
+
+    def change(operation: Operation, given: list[Tensor]) -> Tensor:
+        return given[place].expand(tensors_in(as_it_is(operation, given))[0].shape)
+
+    return change
 
 
 def tiled(program: Program) -> Iterator[Candidate]:
@@ -348,10 +374,7 @@ def name_of_value(program: Program, number: object, depth: int = DEEPEST) -> str
 
 def _before_moves(program: Program, number: int) -> int:
     """What a value was before it was cut and put into shape."""
-    made = program.trace_made
-    while number in made and made[number].is_view and len(made[number].inputs) == 1:
-        number = made[number].inputs[0]
-    return number
+    return made_of(number, program.trace_made, lambda operation: operation.is_view and len(operation.inputs) == 1)
 
 
 def _laid_out(program: Program, operation: Operation, number: int) -> str:

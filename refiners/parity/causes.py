@@ -22,6 +22,7 @@ from refiners.parity import candidates, flow, orders, sources, turning, unlike
 from refiners.parity.candidates import Candidate, name_of_value, residual
 from refiners.parity.hypotheses import ACTIVATIONS
 from refiners.parity.in_place import instead, instead_of_line, not_given
+from refiners.parity.layout import laid_out
 from refiners.parity.mending import first_that_mend, is_alike, pointer
 from refiners.parity.operations import Operation, tensors_in
 from refiners.parity.replay import (
@@ -78,7 +79,7 @@ def why(
             is_far = not is_same(port.sketches[port.root], upstream.sketches[upstream.root], times=FAR)
     except Exception:  # an operation that does not take float64, or a value that was not seen
         return "", ()
-    searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), pointer)
+    searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), _laid_out_in_bits, pointer)
     for search in searches:
         try:
             with limited(until, SECONDS if search is _why else SECONDS / 3):
@@ -86,7 +87,7 @@ def why(
         except Exception:  # the same, or the end of the time
             told = ""
         if told:
-            return told, () if search is pointer else trial.touched
+            return told, () if search in (pointer, _laid_out_in_bits) else trial.touched
     return "", ()
 
 
@@ -94,6 +95,13 @@ def _coarsely(trial: Trial) -> str:
     """Why, where one side holds in float32 what the other one computes in float64."""
     with coarsely():
         return _why(trial)
+
+
+def _laid_out_in_bits(trial: Trial) -> str:
+    """Why, where one side starts from what the other computes, so that float64 cannot tell: the bits are equal."""
+    port, upstream = trial.port, trial.upstream
+    with natively():
+        return next((one.text for one in laid_out(port) if makes_bits(port, one.making(port, upstream), upstream)), "")
 
 
 def is_rounding(port: Program, upstream: Program) -> bool:
@@ -123,7 +131,8 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     if is_rounding(trial.port, trial.upstream):
         return ""
     port = trial.port
-    known = itertools.chain(candidates.bases(port, trial.upstream), sources.cuts(port), candidates.bounds(port))
+    read = candidates.bases(port, trial.upstream), sources.cuts(port)
+    known = itertools.chain(*read, candidates.bounds(port), candidates.outer(port))
     told = _tried(lambda: _first(trial, known) or _activation(trial))
     if not told and _tried(lambda: _first(trial, candidates.exchanged(trial.port))):
         told = _alternatives(trial, _of_leaves(trial))
@@ -132,6 +141,7 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     found = [one for one in unlike.differences(trial.port, trial.upstream) if not _is_a_move(one)]
     is_plain = "instead" not in {one.kind for one in found}
     told = _tried(lambda: (_told(trial, found) if is_plain else "") or _alternatives(trial, _of_leaves(trial)))
+    told = told or _tried(lambda: _first(trial, laid_out(port)))
     pairs = [] if told or is_part else first_that_mend(trial)
     try:
         told = told or _tried(lambda: not_given(trial, [*pairs, (trial.port.root, trial.upstream.root)]))
@@ -224,8 +234,9 @@ def _changed(trial: Trial) -> str:
     told = told or _first(trial, candidates.signs(trial.port, made=True))
     told = told or _alternatives(trial, sources.residuals(trial.port, trial.upstream))
     told = told or _alternatives(trial, sources.windows(trial.port))
-    there = (replace(one, text=_of_upstream(one.text)) for one in candidates.changed(trial.upstream, port))
-    return told or _alternatives(trial, there, of_upstream=True)
+    theirs = (candidates.outer(trial.upstream), candidates.changed(trial.upstream, port))
+    joined, there = ((replace(one, text=_of_upstream(one.text)) for one in some) for some in theirs)
+    return told or _first(trial, joined, of_upstream=True) or _alternatives(trial, there, of_upstream=True)
 
 
 def _of_upstream(text: str) -> str:

@@ -51,7 +51,7 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
         return (made, True) if made else (by_values.wired(finding, session), False)
     programs = _programs(finding, session) if session.fruitless.rounded >= MOST_ROUNDED else None
     is_rounding = programs is not None and causes.is_rounding_of_float32(*programs)
-    found = None if is_rounding else _by_hypothesis(finding, session)
+    found = None if is_rounding else by_hypothesis(finding, session)
     if session.is_late() or (found and not found.is_vague):
         return (found.text if found else ""), bool(found)
     vague = found.text if found else ""
@@ -63,7 +63,7 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     return told or by_values.by_data_flow(finding, session), False
 
 
-def _by_hypothesis(finding: Finding, session: Session) -> Hypothesis | None:
+def by_hypothesis(finding: Finding, session: Session) -> Hypothesis | None:
     """The first hypothesis that holds, where running the port can tell: a vague one if no other does.
 
     It cannot where the port's way goes on with a value that was found wrong before. What never held at these lines in

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from refiners.fluxion.layers.tree import ModuleTree
+from refiners.parity.alike import Alike, Look, alike
 from refiners.parity.case import Case
 from refiners.parity.explain import Explanation, explain
 from refiners.parity.faults import Fault
@@ -52,12 +53,15 @@ def _lines(explanation: Explanation) -> list[tuple[str, str]]:
     counts = Counter(explanation.marks.values())
     told = ", ".join(f"{counts[mark]} {mark}" for mark in ("equal", "introduces", "propagates") if counts[mark])
     what = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}" if faults else "no fault found"
+    groups = alike(faults, _look)
+    what += f" of {len(groups)} kind{'s' if len(groups) != 1 else ''}" if len(groups) < len(faults) else ""
     lines = [(f"{explanation.title}: {what}" + (f"; leaves: {told}" if told else ""), "bold")]
-    for number, fault in enumerate(faults[:MAX_FAULTS], 1):
+    for number, group in enumerate(groups[:MAX_FAULTS], 1):
         lines.append(("", ""))
-        lines += _fault(number, fault, explanation)
-    if len(faults) > MAX_FAULTS:
-        lines.append((f"and {len(faults) - MAX_FAULTS} more: {', '.join(explanation.leaves[MAX_FAULTS:][:10])}", "red"))
+        lines += _fault(number, group, explanation)
+    if len(groups) > MAX_FAULTS:
+        more = ", ".join(group.where for group in groups[MAX_FAULTS:][:10])
+        lines.append((f"and {len(groups) - MAX_FAULTS} more: {more}", "red"))
     if faults:
         lines += [("", ""), *((line, _style(line)) for line in marked_tree(explanation).splitlines())]
     lines += [(f"note: {note}", "yellow") for note in explanation.notes]
@@ -74,7 +78,16 @@ def _name(path: str, root: nn.Module) -> str:
     return f"{type(root).__name__}.{path}" if path else type(root).__name__
 
 
-def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[str, str]]:
+def _look(fault: Fault) -> Look:
+    finding = fault.finding
+    operations = (*finding.upstream_operations[:2], *finding.port_operations[:2])
+    lines = () if fault.diagnosis else tuple(f"{operation.name} {operation.source}" for operation in operations)
+    kind = fault.was_run, finding.is_leaf, finding.point.agrees, bool(finding.port_operations), lines
+    return Look(finding.port, fault.diagnosis, kind)
+
+
+def _fault(number: int, group: Alike[Fault], explanation: Explanation) -> list[tuple[str, str]]:
+    fault = group.first
     finding, point = fault.finding, fault.finding.point
     path = _name(finding.port, explanation.port)
     if point.agrees:
@@ -87,7 +100,9 @@ def _fault(number: int, fault: Fault, explanation: Explanation) -> list[tuple[st
         what = "is connected in another way: both sides have the value that arrives and the one that should"
     else:
         what = "passes on a value that upstream changes first"
-    lines = [(f"{number}. {path} {what}", "bold red")]
+    lines = [(f"{number}. {_name(group.where, explanation.port)} {what}", "bold red")]
+    if len(group.paths) > 1:
+        lines.append((f"   alike      {len(group.paths)} faults, of which the first is shown", "yellow"))
     if fault.diagnosis:
         source = "" if fault.was_run else " (from the values of both sides; the model was not run with it)"
         lines.append((f"   equal      {fault.diagnosis}{source}", "bold green"))

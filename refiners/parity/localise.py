@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from refiners.parity.leaves import Pairing
 from refiners.parity.operations import ModuleCall, Operation, Trace
 from refiners.parity.teacher import Point, Where
-from refiners.parity.ways import RESHAPES, Walk, common_path, only_lacks, passes_on, producers, uncut, walk
+from refiners.parity.ways import RESHAPES, Walk, common_path, made_of, only_lacks, passes_on, producers, uncut, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,13 +324,14 @@ class Locator:
 
     def _maker(self, number: int) -> str:
         """The path of the leaf from which a value comes, through views."""
+
+        def passes(operation: Operation) -> bool:
+            return len(operation.inputs) == 1 and self.port.path_of(operation) not in self.pairing
+
+        number = made_of(number, self._made_here, passes)
         operation = self._made_here.get(number)
-        while operation is not None and len(operation.inputs) == 1:
-            path = self.port.path_of(operation)
-            if path in self.pairing:
-                return path
-            number = operation.inputs[0]
-            operation = self._made_here.get(number)
+        if operation is not None and len(operation.inputs) == 1 and not passes(operation):
+            return self.port.path_of(operation)
         call = next((c for c in self.port.calls if number in c.outputs and c.path in self.pairing), None)
         if call is not None:
             return call.path

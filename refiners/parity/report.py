@@ -168,13 +168,14 @@ def in_short(report: Report) -> list[str]:
 def _in_short(told: Told) -> Text:
     """An explanation in one line for each fault."""
     text = Text(f"{told.title}\n" if told.faults else "", style="bold")
-    for fault in told.faults[:4]:
-        text.append(f"  {fault.port or 'the port itself'} ", style="red")
+    for group in told.kinds[:4]:
+        fault = group.first
+        text.append(f"  {group.where or 'the port itself'} ", style="red")
         text.append(f"{fault.headline}\n", style="not bold")
         if fault.diagnosis:
             text.append(f"    equal {fault.diagnosis}\n", style="green")
-    if len(told.faults) > 4:
-        text.append(f"  and {len(told.faults) - 4} more\n", style="not bold")
+    if len(told.kinds) > 4:
+        text.append(f"  and {len(told.kinds) - 4} more\n", style="not bold")
     text.append(f"  {told.command}" if told.faults else told.text, style="not bold dim")
     return text
 
@@ -237,7 +238,7 @@ def _wrong_row(case: str, results: Sequence[AnyResult], report: Report) -> str:
     what = results[0].reason
     if told is not None and told.faults:
         fault = told.faults[0]
-        what = f"`{fault.port or 'the port itself'}` {fault.headline}."
+        what = f"`{told.kinds[0].where or 'the port itself'}` {fault.headline}."
         what += f" **Equal {fault.diagnosis}.**" if fault.diagnosis else ""
     lanes = ", ".join(result.lane for result in results)
     return _row([f"`{case}`", lanes, what.replace("|", "\\|").replace("\n", " ")[:400]])

@@ -13,6 +13,7 @@ from refiners.parity.candidates import UNKNOWN, Candidate, groups, name_of_value
 from refiners.parity.operations import Operation
 from refiners.parity.replay import Edit, Program, is_close, with_arguments, with_scalar
 from refiners.parity.trial import Making, Trial
+from refiners.parity.ways import made_of
 
 DEEPEST = 2
 MOST_WINDOWS = 3
@@ -40,8 +41,7 @@ def _source(port: Program, upstream: Program, operand: int, way: Sequence[int]) 
     """The value that an operand was made of, some operations back; None where there is none of its size at hand."""
     number, made = operand, port.trace_made
     for step in way:
-        while number in made and made[number].inputs and unlike.is_move(made[number]):
-            number = made[number].inputs[0]
+        number = made_of(number, made, unlike.is_move)
         if number not in made or step >= len(made[number].inputs):
             return None
         number = made[number].inputs[step]

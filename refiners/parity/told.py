@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from refiners.parity.alike import Alike, Look, alike
 from refiners.parity.explain import Explanation
 from refiners.parity.explained import plain
 from refiners.parity.faults import Fault
@@ -70,6 +71,11 @@ class Told:
     """The paired leaves in the order of the port's forward."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def kinds(self) -> list[Alike[ToldFault]]:
+        """The faults, those of like leaves with the same words together."""
+        return alike(self.faults, _look)
+
     def to_json(self) -> dict[str, Any]:
         """Only strings, numbers, lists and dicts."""
         return asdict(self)
@@ -81,6 +87,12 @@ class Told:
         depth = tuple(LeafError(**error) for error in data["depth"])
         given: dict[str, Any] = {**data, "faults": faults, "depth": depth, "notes": tuple(data["notes"])}
         return cls(**given)
+
+
+def _look(fault: ToldFault) -> Look:
+    operations = (*fault.upstream_operations, *fault.port_operations)
+    lines = () if fault.diagnosis else tuple((operation.where, operation.code) for operation in operations)
+    return Look(fault.port, fault.diagnosis, (fault.was_run, fault.headline, lines))
 
 
 def _fault_from(data: dict[str, Any]) -> ToldFault:

@@ -1,6 +1,7 @@
 """The way back from a value, through the operations that made it, to values that the other side knows too."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from refiners.parity.operations import Operation, Trace
@@ -35,6 +36,18 @@ def producers(trace: Trace) -> dict[int, Operation]:
             if number is not None and number not in operation.inputs:
                 found.setdefault(number, operation)
     return found
+
+
+def made_of(number: int, made: Mapping[int, Operation], passes: Callable[[Operation], bool]) -> int:
+    """What a value was before the operations that are passed, along the first value that each reads.
+
+    A value that is put into another shape and back again has one number, and is made of itself: there the way ends.
+    """
+    seen = set[int]()
+    while number not in seen and number in made and made[number].inputs and passes(made[number]):
+        seen.add(number)
+        number = made[number].inputs[0]
+    return number
 
 
 @dataclass(frozen=True)
