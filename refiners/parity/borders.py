@@ -30,7 +30,7 @@ def without_borders(lesson: Lesson, known: set[int], again: Callable[[Pairing], 
             continue
         other = again({path: leaf for path, leaf in pairing.items() if path != point.port})
         keys = {finding.key for finding in findings} - {(point.port, True)}
-        saved = _places(findings) - _places(other[0])
+        saved = places_in(findings) - places_in(other[0])
         is_unfinished = set(point.actual) <= known  # upstream's leaf makes the same on its way
         if (saved > 1 and all(finding.key in keys for finding in other[0])) or (saved > 0 and is_unfinished):
             lesson = other
@@ -48,7 +48,7 @@ def without_wholes(lesson: Lesson, again: Callable[[Pairing], Lesson]) -> Lesson
         if given is not None and not given.is_other_rank:  # it is given what upstream's is, or what should be that
             continue
         other = again({path: leaf for path, leaf in pairing.items() if path != point.port})
-        is_fewer = _places(other[0]) < _places(findings) or (given is not None and len(other[0]) < len(findings))
+        is_fewer = places_in(other[0]) < places_in(findings) or (given is not None and len(other[0]) < len(findings))
         if (given is None and point.is_other_size) or is_fewer:
             lesson = other
     return lesson
@@ -60,5 +60,6 @@ def _starts_from(finding: Finding, taught: set[int]) -> bool:
     return not finding.is_leaf and (finding.passed_on is not None or bool(taught & read))
 
 
-def _places(findings: list[Finding]) -> int:
+def places_in(findings: list[Finding]) -> int:
+    """How many places findings show at."""
     return sum(1 + len(finding.others) for finding in findings)

@@ -85,6 +85,10 @@ def wired(finding: Finding, session: Session) -> str:
     call = next((c for c in session.upstream_trace.calls if c.path in ours and expected in c.outputs), None)
     if call is None:
         right = flow.origin(session.upstream_trace, expected, ours)
+        there, here = (
+            finding.point.shapes if right and right == given else ("", "")
+        )  # of several things that the model is given
+        right, given = (f"{words} ({shape})" if shape else words for words, shape in ((right, there), (given, here)))
         return f"when it receives {right} of upstream: here it receives {given}" if right and given else ""
     return (
         f"when it receives what `{ours[call.path]}` returns, as upstream's does: here it receives {given or 'another'}"
@@ -92,13 +96,15 @@ def wired(finding: Finding, session: Session) -> str:
 
 
 def missing_module(finding: Finding, session: Session) -> str:
-    """A whole module of upstream that nothing of the port stands for, between the value passed on and the right one."""
-    path, taken = finding.upstream, session.pairing.values()
+    """A whole module of upstream of which nothing runs in the port, between the value passed on and the right one."""
+    path, taken = finding.upstream, {session.pairing.get(call.path, "") for call in session.port_trace.calls} - {""}
     if finding.passed_on is None or not path or any(f"{other}.".startswith(f"{path}.") for other in taken):
         return ""
     for call in session.upstream_trace.calls:
         if call.path == path and finding.passed_on in call.inputs and set(call.outputs) - set(call.inputs):
-            return f"when it runs upstream's `{path}` ({call.kind}), which is missing here"
+            # Where the port does nothing more, the module has to give the right value by itself.
+            is_all = bool(finding.port_region) or finding.expected in call.outputs
+            return f"when it runs upstream's `{path}` ({call.kind}), which is missing here" if is_all else ""
     return ""
 
 

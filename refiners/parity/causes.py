@@ -39,6 +39,7 @@ from refiners.parity.replay import (
     scalars,
     with_arguments,
 )
+from refiners.parity.scaled import scaled
 from refiners.parity.tables import with_one_table
 from refiners.parity.trial import Making, Trial, limited
 
@@ -141,7 +142,7 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     found = [one for one in unlike.differences(trial.port, trial.upstream) if not _is_a_move(one)]
     is_plain = "instead" not in {one.kind for one in found}
     told = _tried(lambda: (_told(trial, found) if is_plain else "") or _alternatives(trial, _of_leaves(trial)))
-    told = told or _tried(lambda: _first(trial, laid_out(port)))
+    told = told or _tried(lambda: _first(trial, laid_out(port)) or _first(trial, scaled(port)))
     pairs = [] if told or is_part else first_that_mend(trial)
     try:
         told = told or _tried(lambda: not_given(trial, [*pairs, (trial.port.root, trial.upstream.root)]))
@@ -174,7 +175,7 @@ def _inside(trial: Trial, pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def _of_leaves(trial: Trial) -> Iterator[Candidate]:
-    return itertools.chain(candidates.exchanged(trial.port), candidates.signs(trial.port))
+    return itertools.chain(candidates.signs(trial.port), candidates.exchanged(trial.port))
 
 
 def _first(trial: Trial, tried: Iterable[Candidate], *, of_upstream: bool = False) -> str:
@@ -210,14 +211,21 @@ def _one_change(trial: Trial, found: Sequence[unlike.Other]) -> str:
 def _activation(trial: Trial) -> str:
     """Both sides are functions of one value, known by name."""
     names: list[str] = []
+    if not all(_is_of_one_value(*draw) for draw in trial.draws):
+        return ""
     for side in (1, 0):
         programs = [draw[side] for draw in trial.draws]
-        if any(len(program.leaves()) != 1 or not program.operations for program in programs):
+        if any(len(p.leaves()) != 1 or not p.operations or p.leaves() & p.made.keys() for p in programs):
             return ""
         if not all(program.values[n].is_floating_point() for program in programs for n in program.leaves()):
             return ""
         names += [name for name in ACTIVATIONS if all(_is_function(program, name) for program in programs)][:1]
     return f"when the activation is {names[0]}: here it is {names[1]}" if len(names) == 2 else ""
+
+
+def _is_of_one_value(port: Program, upstream: Program) -> bool:
+    ours, theirs = (program.values[next(iter(program.leaves()))] for program in (port, upstream))
+    return is_close(ours, theirs)
 
 
 def _is_function(program: Program, name: str) -> bool:
@@ -340,11 +348,18 @@ def _is_moved(found: Sequence[unlike.Other]) -> bool:
     return sorted(op.name for op in few) == sorted(op.name for op in many)
 
 
+def _is_one_factor(first: Operation, second: Operation) -> bool:
+    """Whether both multiply by one number, or divide by what it is the inverse of."""
+    factors = [orders.factor_of(operation) for operation in (first, second)]
+    return len({f"{factor:.9g}" for factor in factors if factor is not None}) == 1 and None not in factors
+
+
 def _chains(trial: Trial, found: Sequence[unlike.Other]) -> Iterator[str]:
     """Operations too few and too many, each kind in one sentence."""
     few, many = _sides(found)
-    if few and _is_moved(found):
-        words = orders.moved(trial.port, trial.upstream, many[0], few[0]) if len(few) == len(many) == 1 else ""
+    is_one = len(few) == len(many) == 1 and (_is_moved(found) or _is_one_factor(*few, *many))
+    words = orders.moved(trial.port, trial.upstream, many[0], few[0]) if is_one else ""
+    if words or (few and _is_moved(found)):
         yield words or f"when it computes {_list(few)} of the other value: here {_list(many)}"
         return
     if few:

@@ -12,9 +12,11 @@ from refiners.parity.localise import Finding
 from refiners.parity.replay import needed
 from refiners.parity.session import Session
 from refiners.parity.teacher import Where
+from refiners.parity.ways import gives_shape
 
 _LACKS = re.compile(r"when it computes (?:`(\w+)[(]|upstream's (\w+) here)")
 _LACKS_MODULE = "when it runs upstream's `"
+_GOES_THROUGH = re.compile(r"goes through upstream's ([\w, ]+) first")
 _HAS = re.compile(r"without `(\w+)[(]")
 
 
@@ -26,7 +28,7 @@ def crossed(finding: Finding, text: str, session: Session, diagnose: Callable[[F
         text: its diagnosis.
         diagnose: that of another one.
     """
-    if finding.point.where is not Where.RECEIVES or not (_lacking(finding, text) or _extra(text)):
+    if finding.point.where is not Where.RECEIVES or not (_lacking(finding, text) or _extra(finding, text)):
         return ""
     leaf = finding.point.port
     returned = {number for call in session.port_trace.calls if call.path == leaf for number in call.outputs}
@@ -35,24 +37,39 @@ def crossed(finding: Finding, text: str, session: Session, diagnose: Callable[[F
         if other.actual in returned or starts & returned:
             second = diagnose(other)
             for names, words in (
-                (_extra(text) & _lacking(other, second), f"behind `{leaf}`, not before it"),
-                (_lacking(finding, text) & _extra(second), f"before `{leaf}`, not behind it"),
+                (_both(_extra(finding, text), _lacking(other, second)), f"behind `{leaf}`, not before it"),
+                (_both(_lacking(finding, text), _extra(other, second)), f"before `{leaf}`, not behind it"),
             ):
+                if len(names) == 1:
+                    return f"when `{names[0]}` comes {words}, as upstream's does"
                 if names:
-                    return f"when `{names.pop()}` comes {words}, as upstream's does"
+                    return f"when {', '.join(f'`{name}`' for name in names)} come {words}, as upstream's do"
             return ""
     return ""
 
 
-def _extra(text: str) -> set[str]:
-    """The name of an operation that is said to be too much."""
+def _both(first: list[str], second: list[str]) -> list[str]:
+    """The names of both; none where one side has more that has a name of its own."""
+    found = [name for name in second if name in first]
+    return found if len(found) == min(len(first), len(second)) or len(found) == 1 else []
+
+
+def _extra(finding: Finding, text: str) -> list[str]:
+    """The names of operations that are said to be too much, or stand between what should arrive and what does."""
     found = _HAS.match(text)
-    return {found.group(1)} if found else set()
+    if found:
+        return [found.group(1)]
+    is_made = finding.expected is not None and finding.expected in needed(finding.port_region, finding.actual or -1)
+    names = (name_of(operation) for operation in finding.port_region if not gives_shape(operation))
+    return list(dict.fromkeys(names)) if is_made and not finding.region else []
 
 
-def _lacking(finding: Finding, text: str) -> set[str]:
+def _lacking(finding: Finding, text: str) -> list[str]:
     """The names of operations that are said to be missing."""
+    through = _GOES_THROUGH.search(text)
+    if through:
+        return through.group(1).split(", ")
     if text.startswith(_LACKS_MODULE):
-        return {name_of(operation) for operation in finding.region}
+        return list(dict.fromkeys(name_of(operation) for operation in finding.region))
     found = _LACKS.match(text)
-    return {one for one in found.groups() if one} if found else set()
+    return [one for one in found.groups() if one] if found else []

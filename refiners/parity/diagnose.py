@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from refiners.parity import by_values, causes, edits, flow, hypotheses, mending
 from refiners.parity.edits import Hypothesis
 from refiners.parity.localise import Finding
+from refiners.parity.missing import is_all_that_lacks
 from refiners.parity.modules import own_state
 from refiners.parity.operations import Operation
 from refiners.parity.replay import Program, needed
@@ -43,9 +44,10 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
         A text that completes "equal …", or "" when no hypothesis holds; and whether it was run. If not, it follows from
         the values alone.
     """
-    missing = by_values.missing_module(finding, session)
-    if missing:
-        return missing, False
+    told = by_values.missing_module(finding, session)
+    does_more = _programs(finding, session) if told and finding.port_region else None
+    if told and (does_more is None or is_all_that_lacks(*does_more, finding, session)):
+        return told, False
     if by_values.is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (by_values.wired(finding, session), False)
@@ -58,7 +60,7 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     programs = programs or _programs(finding, session)
     told = by_values.repeated(finding, session) or (_cause(*programs, finding, session) if programs else "")
     session.fruitless.rounded += told == causes.ONLY_ROUNDING
-    if vague and told in ("", causes.ONLY_ROUNDING):
+    if vague and not told:
         return vague, True
     return told or by_values.by_data_flow(finding, session), False
 

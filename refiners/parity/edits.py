@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refiners.parity.operations import Operation, Slot, fill_template, tensors_in
-from refiners.parity.unchecked import refuse
+from refiners.parity.unchecked import check_axes, refuse
 
 _ABSENT = object()
 
@@ -159,8 +159,15 @@ class _Operations(TorchDispatchMode):
         if func is self.function:
             self.met += 1
             if self.met == self.position + 1:
-                return self.change(func, args, kwargs or {})
+                return self._changed(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def _changed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What is done in its place. Torch's own functions trust the number of axes of the views that they ask for."""
+        made = self.change(func, args, kwargs)
+        if func.is_view:
+            check_axes(tensors_in(made), tensors_in(func(*args, **kwargs)))
+        return made
 
 
 def operation(module: nn.Module, position: int, function: Any, change: Change) -> Edit:

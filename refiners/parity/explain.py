@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from refiners.parity.again import command_of
 from refiners.parity.bits import same_bits
-from refiners.parity.borders import Lesson, without_borders, without_wholes
+from refiners.parity.borders import Lesson, places_in, without_borders, without_wholes
 from refiners.parity.case import Case
 from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.diagnose import beyond_rounding
@@ -27,6 +27,7 @@ from refiners.parity.dtype_faults import dtype_faults
 from refiners.parity.faults import Fault, told_once, without_consequences, without_rounding
 from refiners.parity.fingerprint import Values
 from refiners.parity.gradients import explain_gradients
+from refiners.parity.hypotheses import AS_UPSTREAM
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leaves
@@ -111,9 +112,14 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
     told = f"{count} in {lane.name}, {some} by more than rounding in float64"
     clearer = wide if wide.faults and len(wide.faults) <= len(found.faults) else found
     if not wide.faults:
-        found.faults = [replace(f, diagnosis=f.diagnosis or ONLY_ROUNDING) for f in found.faults]
+        found.faults = [replace(f, diagnosis=ONLY_ROUNDING) if _is_unclear(f) else f for f in found.faults]
     clearer.notes.append(told)
     return clearer
+
+
+def _is_unclear(fault: Fault) -> bool:
+    """Whether a fault may be one of rounding, for all that is told of it."""
+    return not fault.diagnosis or fault.diagnosis.startswith(AS_UPSTREAM)
 
 
 def _explain_in(
@@ -218,6 +224,12 @@ def explain_modules(
     def again(pairing: Pairing) -> Lesson:
         return _lesson(teacher, port, run_port, pairing, ours, wrong)
 
+    if teacher.orders:
+        teacher.orders.are_believed = False
+        plain = again(best[2])
+        sides = ((len(lesson[0]), places_in(lesson[0])) for lesson in (best, plain))
+        teacher.orders.are_believed = next(sides) < next(sides)
+        best = best if teacher.orders.are_believed else plain
     findings, points, pairing, forced = without_borders(without_wholes(best, again), ours.known(), again)
     session = Session(
         upstream=upstream,

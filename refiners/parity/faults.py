@@ -8,7 +8,7 @@ from refiners.parity.crossing import crossed
 from refiners.parity.diagnose import diagnose
 from refiners.parity.flow import name_of
 from refiners.parity.localise import Finding
-from refiners.parity.operations import Trace
+from refiners.parity.operations import Operation, Trace
 from refiners.parity.rearranged import rearranged
 from refiners.parity.session import Session
 from refiners.parity.ways import common_path, gives_shape
@@ -82,7 +82,18 @@ def places_of(finding: Finding) -> set[tuple[str, str, int]]:
 def _where_told(finding: Finding, session: Session) -> Finding:
     """The finding at the node that runs what its cause is about, where that is known."""
     paths = session.cause_at
-    return replace(finding, port=reduce(common_path, paths)) if paths and not finding.is_leaf else finding
+    if not paths or finding.is_leaf:
+        return finding
+    port = reduce(common_path, paths)
+    if _is_within(finding.port, port):
+        return replace(finding, port=port)
+    # What was found further on is of the other node: another layer may have a cause of its own there.
+    within = [one for one in finding.others if any(_runs_within(op, port, session) for op in one.port_region)]
+    return replace(finding, port=port, others=tuple(within))
+
+
+def _runs_within(operation: Operation, path: str, session: Session) -> bool:
+    return _is_within(session.port_trace.path_of(operation), path)
 
 
 def told_once(faults: list[Fault], trace: Trace) -> list[Fault]:

@@ -22,6 +22,9 @@ EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
 EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-15, 1e-10, 1e-9, 0.0)
 NUMBERS = (0.5, 1.0, 2.0, 1e-6, 1e-5, 1e-12, 0.0)
 
+AS_UPSTREAM = "when it computes as upstream's "
+"""Of a leaf of which no more is known."""
+
 _ROOT = math.sqrt(2.0 / math.pi)
 
 
@@ -92,7 +95,7 @@ def of_leaf(port: nn.Module, upstream: nn.Module, weights: dict[str, Tensor]) ->
     yield from of_attributes(port, upstream)
     kind: Any = type(upstream)
     yield Hypothesis(
-        f"when it computes as upstream's {kind.__name__} does, with the weights and attributes that it has",
+        f"{AS_UPSTREAM}{kind.__name__} does, with the weights and attributes that it has",
         edits.instead(port, lambda x: kind.forward(port, x)),
         is_vague=True,
     )

@@ -1,8 +1,9 @@
-"""Changes of how values are laid out before more is done: axes before they are joined, the side of a padding."""
+"""Changes of how values are laid out: axes that are joined or cut, the side of a padding and what it holds."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from refiners.parity import flow
@@ -13,9 +14,11 @@ from refiners.parity.trial import Making
 
 
 def laid_out(program: Program) -> Iterator[Candidate]:
-    """Two axes are exchanged before they are joined, or a padding stands on the other side."""
+    """Two axes are exchanged before they are joined, or one is cut in the other order; a padding is another one."""
     yield from _joined(program)
+    yield from _cut(program)
     yield from _padded(program)
+    yield from _padded_with(program)
 
 
 def _joined(program: Program) -> Iterator[Candidate]:
@@ -46,6 +49,75 @@ def joined_axis(before: Sequence[int], after: Sequence[int]) -> int | None:
 
 def _exchanged(axis: int) -> Change:
     return lambda operation, given: given[0].transpose(axis, axis + 1).flatten(axis, axis + 1)
+
+
+def _cut(program: Program) -> Iterator[Candidate]:
+    """An axis that holds two things, as all frames of all videos, has them in the other order."""
+    for group in groups(program):
+        first = group[0]
+        if first.name not in ("aten.view", "aten._unsafe_view") or first.outputs[0] is None:
+            continue
+        after = tuple(program.values[first.outputs[0]].shape)
+        axis = joined_axis(after, tuple(program.values[first.inputs[0]].shape))
+        if axis is not None:
+            right = list(after[axis : axis + 2][::-1])
+            whole = [*after[:axis], *right, *after[axis + 2 :]]
+            text = (
+                f"when in `view` at {first.source} the shape is {whole}, not {list(after)}, with axes {axis} and "
+                f"{axis + 1} exchanged behind: what is cut holds the two in the other order"
+            )
+            yield Candidate(text, _everywhere(group, _cut_as(axis, right)), (first.name, str(first.source), "cut"))
+
+
+def _cut_as(axis: int, sizes: list[int]) -> Change:
+    return lambda operation, given: torch.unflatten(given[0], axis, sizes).transpose(axis, axis + 1).contiguous()
+
+
+_KINDS = {
+    "replicate": "repeats the edge (`replicate`)",
+    "reflect": "is a mirror of what is inside (`reflect`)",
+    "circular": "goes on at the other side (`circular`)",
+    "constant": "is of zeros",
+}
+
+
+def _padded_with(program: Program) -> Iterator[Candidate]:
+    """What a padding holds: zeros, or what lies at the edge."""
+    for group in groups(program):
+        name = group[0].name.removeprefix("aten.")
+        own = next((kind for start, kind in _PADS.items() if name.startswith(start)), "")
+        for kind, words in _KINDS.items() if own else ():
+            if kind != own:
+                text = f"when the padding of `{name}` at {group[0].source} {words}: here it {_KINDS[own]}"
+                yield Candidate(text, _everywhere(group, _with_kind(kind)), ("pad kind", str(group[0].source)))
+
+
+_PADS = {"constant_pad": "constant", "replication_pad": "replicate", "reflection_pad": "reflect"}
+
+
+def _with_kind(kind: str) -> Change:
+    def change(operation: Operation, given: list[Tensor]) -> object:
+        pad: list[int] = operation.template[0][1]
+        pad = pad[: max((i + 2 for i in range(0, len(pad), 2) if any(pad[i : i + 2])), default=2)]
+        return padded(given[0], pad, kind)
+
+    return change
+
+
+def padded(x: Tensor, pad: Sequence[int], kind: str) -> Tensor:
+    """A tensor with more at the ends of its last axes, zeros or what lies inside."""
+    for place in range(0, len(pad), 2):
+        axis, size = x.ndim - 1 - place // 2, x.shape[-1 - place // 2]
+        at = torch.arange(-pad[place], size + pad[place + 1])
+        if kind == "constant":
+            kept = x.index_select(axis, at.clamp(0, size - 1))
+            inside = (at >= 0) & (at < size)
+            x = kept * inside.to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
+            continue
+        turns = {"replicate": at.clamp(0, size - 1), "circular": at % size}
+        mirror = (size - 1) - ((at % max(2 * size - 2, 1)) - (size - 1)).abs()
+        x = x.index_select(axis, turns.get(kind, mirror))
+    return x
 
 
 def _padded(program: Program) -> Iterator[Candidate]:

@@ -16,7 +16,21 @@ from dataclasses import dataclass, field, replace
 from refiners.parity.leaves import Pairing
 from refiners.parity.operations import ModuleCall, Operation, Trace
 from refiners.parity.teacher import Point, Where
-from refiners.parity.ways import RESHAPES, Walk, common_path, made_of, only_lacks, passes_on, producers, uncut, walk
+from refiners.parity.ways import (
+    RESHAPES,
+    Walk,
+    common_path,
+    counterpart,
+    first_unlike,
+    made_of,
+    maker_at,
+    moved_from,
+    only_lacks,
+    passes_on,
+    producers,
+    uncut,
+    walk,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,26 +101,30 @@ class Locator:
     def find(self, points: Sequence[Point]) -> list[Finding]:
         """One finding for each fault, in the order of the port's forward."""
         found: dict[tuple[str, bool], Finding] = {}
+        self._known_upstream.update(ours for point in points for ours, _ in point.turned)
+        self._known_here.update(theirs for point in points for _, theirs in point.turned)
         for point in points:
             if point.agrees:
                 continue
-            several = [self._leaf(point)] if point.where is Where.RETURNS else self._between(point)
+            is_leaf = point.where is Where.RETURNS and not point.is_way
+            several = [self._leaf(point)] if is_leaf else self._between(point)
             for finding in several:
                 first = found.setdefault(finding.key, finding)
                 if first is not finding:
                     found[finding.key] = replace(first, others=(*first.others, finding))
-        leaves = {finding.port for finding in found.values() if finding.is_leaf}
+        untaught = {p.port for p in points if p.where is Where.RECEIVES and p.is_other_size and not p.agrees}
+        leaves = {finding.port for finding in found.values() if finding.is_leaf} | untaught
         return _without_echoes([one for one in found.values() if one.is_leaf or not self._is_of_leaf(one, leaves)])
 
     def _is_of_leaf(self, finding: Finding, leaves: set[str]) -> bool:
-        """Whether what is found between leaves was made by a leaf that is found to be wrong itself."""
+        """Whether what is found between leaves was made by a leaf that is wrong itself, or given what is."""
         made = finding.port_operations
         return finding.port in leaves and bool(made) and all(self.port.path_of(op) == finding.port for op in made)
 
     def _leaf(self, point: Point) -> Finding:
         ours = [op for op in self.port.operations if self.port.path_of(op) == point.port]
         theirs = [op for op in self.upstream.operations if self.upstream.path_of(op) == point.upstream]
-        there, here = _first_unlike(theirs, ours)
+        there, here = first_unlike(theirs, ours)
         finding = Finding(
             port=point.port,
             upstream=point.upstream,
@@ -115,10 +133,9 @@ class Locator:
             upstream_operations=there,
             port_operations=here,
         )
-        wrong = [(e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a]
-        if not wrong:
+        expected, actual = next(((e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a), (0, 0))
+        if expected == actual:
             return finding
-        expected, actual = wrong[0]
         region = walk(self._made_upstream, expected, self._known_here - {expected} | self._weights_upstream).visited
         port_region = walk(self._made_here, actual, self._known_upstream | self._weights_here).visited
         return replace(
@@ -131,22 +148,45 @@ class Locator:
 
     def _between(self, point: Point) -> list[Finding]:
         wrong = [(e, a) for e, a in zip(point.expected, point.actual, strict=False) if e != a]
-        if not wrong:  # the number of tensors differs
-            wrong = [(e, -1) for e in point.expected[len(point.actual) :]]
-        # What a leaf was taught is known in the port from there on, but nobody there has made it.
-        taught = {number for number in point.expected if self._is_taught(number)}
+        wrong = wrong or [(e, -1) for e in point.expected[len(point.actual) :]]  # the number of tensors differs
+        # What a leaf was taught is known in the port from there on, in each shape, but nobody there has made it.
+        shapes = {one for number in point.expected for one in moved_from(number, self._made_upstream)}
+        taught = {n for n in shapes if self._is_taught(n) and (n in point.expected or self._reads(point, n))}
         findings: list[Finding] = []
         for expected, actual in wrong:
             carried = {wrong: right for wrong, right in self._took_for.items() if wrong != actual}
-            here = walk(self._made_here, actual, self._known_upstream | self._weights_here | carried.keys())
-            there = walk(self._made_upstream, expected, (self._known_here - taught) | self._weights_upstream)
-            new = [operation for operation in here.frontier if not self._is_echo(operation)]
+            here = self._way(self.port, point, actual, self._known_upstream | self._weights_here | carried.keys())
+            there = self._way(self.upstream, point, expected, (self._known_here - taught) | self._weights_upstream)
+            new = [operation for operation in here.frontier if self._echoed(operation) is None]
             if new or not here.frontier:
                 found = self._blame(point, actual, replace(here, frontier=new), there)
-                made = [replace(one, expected=expected, actual=actual, carried=carried) for one in found]
-                findings += [self._where_both_are(finding) for finding in made]
+            else:
+                found = self._behind_echo(point, actual, expected, (self._known_here - taught) | self._weights_upstream)
+            made = [replace(one, expected=expected, actual=actual, carried=carried) for one in found]
+            findings += [self._where_both_are(finding) for finding in made]
             self._took_for.setdefault(actual, expected)
         return findings
+
+    def _behind_echo(self, point: Point, actual: int, expected: int, known: set[int]) -> list[Finding]:
+        """Something is missing where an echo's result is passed on, and upstream does more with its own."""
+        number = made_of(actual, self._made_here, lambda operation: operation.name in RESHAPES)
+        made = self._made_here.get(number)
+        other = None if made is None else self._echoed(made)
+        right = None if made is None or other is None else other.outputs[made.outputs.index(number)]
+        if right is None:
+            return []
+        there = self._way(self.upstream, point, expected, known | {right})
+        if not any(right in operation.inputs for operation in there.visited):
+            return []
+        self._took_for[actual] = right
+        found = self._blame(point, actual, Walk([], []), there)
+        self._took_for[actual] = expected  # that is what it stands for from here on
+        return [replace(one, passed_on=right) for one in found]
+
+    def _way(self, trace: Trace, point: Point, number: int, known: set[int]) -> Walk:
+        """The way back from what arrives at a point, through what really returned it."""
+        made, path = (self._made_here, point.port) if trace is self.port else (self._made_upstream, point.upstream)
+        return walk(made, number, known, trace.operations, maker_at(trace, path, point.call, number))
 
     def _where_both_are(self, finding: Finding) -> Finding:
         """Where only another value is read: the node that holds both the reader and the leaf that it should read."""
@@ -160,16 +200,20 @@ class Locator:
         made = self._made_here.get(number)
         return made is None or (made.name in RESHAPES and all(map(self._is_taught, made.inputs)))
 
-    def _is_echo(self, operation: Operation) -> bool:
-        """Whether it does what upstream does, with a value that an earlier fault has put in the place of another."""
+    def _reads(self, point: Point, number: int) -> bool:
+        """Whether only the leaf of a point reads a value, which it was taught in a shape and order of its own."""
+        return {self.port.path_of(op) for op in self.port.operations if number in op.inputs} == {point.port}
+
+    def _echoed(self, operation: Operation) -> Operation | None:
+        """Upstream's own, where an operation does the same with a value that an earlier fault has put there."""
         right = [self._took_for.get(number, number) for number in operation.inputs]
-        return right != list(operation.inputs) and any(
-            other.function is operation.function and sorted(other.inputs) == sorted(right)
-            for other in self.upstream.operations
-        )
+        if right == list(operation.inputs):
+            return None
+        same = (other for other in self.upstream.operations if other.function is operation.function)
+        return next((other for other in same if sorted(other.inputs) == sorted(right)), None)
 
     def _blame(self, point: Point, actual: int, here: Walk, there: Walk) -> list[Finding]:
-        upstream = self.upstream.path_of(there.frontier[0]) if there.frontier else self._upstream_place(point)
+        upstream = self.upstream.path_of(there.frontier[0]) if there.frontier else point.module
         made = Finding(
             port="",
             upstream=upstream,
@@ -235,9 +279,6 @@ class Locator:
             call = self.port.calls[call.parent]
         return call.path
 
-    def _upstream_place(self, point: Point) -> str:
-        return "" if point.where is Where.OUTPUT else point.upstream
-
     def _missing_at(self, made: Finding, actual: int, consumer: str) -> Finding:
         there = list(made.upstream_operations)
         path, suspects = self._missing(consumer, actual, there)
@@ -265,6 +306,7 @@ class Locator:
     def _missing(self, consumer: str, actual: int, there: list[Operation]) -> tuple[str, tuple[str, ...]]:
         """The node through which a value passes that upstream changes on the way."""
         consumed = {number for op in there for number in op.inputs} - self.upstream.weights
+        consumed |= {wrong for wrong, right in self._took_for.items() if right in consumed}
         same = self._shaped(actual)
         through = [
             call
@@ -284,7 +326,9 @@ class Locator:
         maker = next((call.path for call in reversed(self.port.calls) if actual in call.outputs), "")
         made = [call.path for call in self.port.calls if actual in call.outputs and actual not in call.inputs]
         suspects = tuple(path for path in made[-1:] if path and path not in self.pairing)
-        return (common_path(consumer, maker) if maker else consumer), suspects
+        shared = common_path(consumer, maker) if maker else consumer
+        inside = counterpart(self.upstream.path_of(there[0]), self.pairing) if there else ""  # where upstream does it
+        return max(shared, common_path(consumer, inside), key=len), suspects
 
     def _shaped(self, number: int) -> set[int]:
         """A value and what it is in other shapes."""
@@ -297,10 +341,10 @@ class Locator:
         return same
 
     def _unpaired_module(self, there: list[Operation]) -> str:
-        """The largest module of upstream around the frontier none of whose leaves the port has."""
+        """The largest module of upstream around the frontier none of whose leaves the port runs."""
         if not there or there[0].call < 0:
             return ""
-        taken = set(self.pairing.values())
+        taken = {self.pairing[call.path] for call in self.port.calls if call.path in self.pairing}
         call: ModuleCall = self.upstream.calls[there[0].call]
         best = ""
         while True:
@@ -336,16 +380,6 @@ class Locator:
         if call is not None:
             return call.path
         return self.port.path_of(operation) if operation is not None else ""
-
-
-_Operations = tuple[Operation, ...]
-
-
-def _first_unlike(theirs: list[Operation], ours: list[Operation]) -> tuple[_Operations, _Operations]:
-    for a, b in zip(theirs, ours, strict=False):
-        if a.name != b.name or a.arguments != b.arguments or a.outputs != b.outputs:
-            return (a,), (b,)
-    return tuple(theirs[-1:]), tuple(ours[-1:])
 
 
 def _without_echoes(findings: list[Finding]) -> list[Finding]:

@@ -99,6 +99,8 @@ class Operation:
     function: Any = None
     template: Any = None
     """Its arguments and keyword arguments, with a `Slot` in place of each tensor."""
+    makers: tuple[int, ...] = ()
+    """For each of its tensors the index of the operation that returned it; -1 where that is not known."""
     before: "Operation | None" = None
     """For a view of a view that nobody read: that one, of which it is the rest."""
 
@@ -132,6 +134,8 @@ class ModuleCall:
     parent: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...] = ()
+    makers: tuple[int, ...] = ()
+    """For each of its inputs the index of the operation that returned it; -1 where that is not known."""
 
 
 @dataclass

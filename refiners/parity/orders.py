@@ -1,5 +1,6 @@
 """In words an operation at another place: behind another one, or on what a leaf returns, not on what it receives."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from refiners.parity import flow, unlike
@@ -26,7 +27,45 @@ def moved(port: Program, upstream: Program, ours: Operation, theirs: Operation) 
         if other is not None:
             place = f"{right} `{flow.name_of(other)}`, as upstream at {other.source}, not {wrong} it"
             return f"when `{flow.name_of(ours)}` at {ours.source} comes {place}"
+    return _moved_far(port, upstream, ours, theirs)
+
+
+def _moved_far(port: Program, upstream: Program, ours: Operation, theirs: Operation) -> str:
+    """The same of an operation some steps away, if both sides do it once."""
+    counts = [Counter(flow.name_of(one) for one in program.operations) for program in (port, upstream)]
+    sides = (
+        (_behind(port), _before(upstream), "behind", "before"),
+        (_before(port), _behind(upstream), "before", "behind"),
+    )
+    for here, there, right, wrong in sides:
+        names = {flow.name_of(one) for one in _reached(here, ours)}
+        for other in _reached(there, theirs):
+            name = flow.name_of(other)
+            if name in names and all(count[name] == 1 for count in counts):
+                place = f"{right} `{name}`, as upstream at {theirs.source}, not {wrong} it"
+                return f"when `{flow.name_of(ours)}` at {ours.source} comes {place}"
     return ""
+
+
+def _reached(step: _Next, start: Operation) -> list[Operation]:
+    """All operations that steps lead to, the nearest first."""
+    found: dict[int, Operation] = {}
+    waiting = [start]
+    while waiting:
+        for one in step(waiting.pop(0)):
+            if one.index not in found:
+                found[one.index] = one
+                waiting.append(one)
+    return list(found.values())
+
+
+def factor_of(operation: Operation) -> float | None:
+    """The number that an operation multiplies by; None where it does not."""
+    arguments = operation.template[0]
+    number = arguments[1] if operation.name in ("aten.mul", "aten.div") and len(arguments) == 2 else None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not number:
+        return None
+    return number if operation.name == "aten.mul" else 1 / number
 
 
 def _behind(program: Program) -> _Next:

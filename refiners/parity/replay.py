@@ -85,7 +85,7 @@ class Program:
         found: dict[int, tuple[Operation, int]] = {}
         for operation in self.operations:
             for place, number in enumerate(operation.outputs):
-                if number is not None and number not in operation.inputs:
+                if number is not None and number not in operation.inputs and number not in self.given:
                     found.setdefault(number, (operation, place))
         return found
 
@@ -192,7 +192,7 @@ def _own(operation: Operation, given: list[Tensor]) -> list[Tensor]:
     """What an operation may read and write: a copy that changes no value is no operation of a program."""
     if operation.function._schema.is_mutable:
         return [tensor.clone() for tensor in given]
-    if operation.name in ("aten.view", "aten._unsafe_view"):
+    if operation.name in ("aten.view", "aten._unsafe_view", "aten.as_strided_scatter"):
         return [tensor.contiguous() for tensor in given]
     return given
 
@@ -269,9 +269,13 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def needed(operations: Sequence[Operation], root: int) -> set[int]:
-    """The numbers of the values that operations read and do not make."""
-    made = {number for op in operations for number in op.outputs if number is not None and number not in op.inputs}
-    return {number for op in operations for number in op.inputs if number not in made} | ({root} - made)
+    """The numbers of the values that operations read before they make them, if they do."""
+    made: set[int] = set()
+    read: set[int] = set()
+    for operation in operations:
+        read |= set(operation.inputs) - made
+        made |= {number for number in operation.outputs if number is not None} - set(operation.inputs)
+    return read | ({root} - made)
 
 
 def can_run(operations: Sequence[Operation]) -> bool:

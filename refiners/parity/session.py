@@ -2,17 +2,19 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from refiners.parity.channels import in_one_layout
 from refiners.parity.leaves import Pairing
 from refiners.parity.localise import Finding
-from refiners.parity.operations import Trace
+from refiners.parity.operations import Operation, Trace
 from refiners.parity.replay import Program, can_run, needed
 from refiners.parity.teacher import Point, Run, Teacher
 from refiners.parity.trace import record
+from refiners.parity.ways import made_by, moved_from
 
 Lines = tuple[str, ...]
 """Lines of code of both sides."""
@@ -73,7 +75,8 @@ class Session:
             return None
         starts = needed(ours, finding.actual)
         right = {wrong: one for wrong, one in finding.carried.items() if wrong in starts}
-        wanted = starts | needed(theirs, finding.expected) | {finding.expected, *right.values()}
+        before = list(moved_from(finding.expected, made_by(theirs)))
+        wanted = starts | needed(theirs, finding.expected) | {*before, *right.values()}
         kept: dict[int, Tensor] = {}
         record(self.upstream, self.run_upstream, self.teacher.values, read_views=True, keep=wanted, kept=kept)
 
@@ -90,15 +93,17 @@ class Session:
             kept=kept,
         )
         learnt = frozenset(number for model in (self.port, self.upstream) for number, _ in self._parameters(model))
+        expected = self.teacher.orders.same(kept[finding.actual], {number: kept[number] for number in before})
         made: list[Program] = []
         for model, trace, operations, root in (
             (self.port, self.port_trace, ours, finding.actual),
-            (self.upstream, self.upstream_trace, theirs, finding.expected),
+            (self.upstream, self.upstream_trace, _until(expected, theirs), expected),
         ):
             given = {number: kept[number] for number in needed(operations, root)}
             names = dict(self._held(model))
             made.append(Program(trace, operations, root, given, names, learnt, kept.get(root)))
-        return made[0].starting_from({wrong: kept[one] for wrong, one in right.items()}), made[1]
+        ours_made = in_one_layout(*made)
+        return ours_made.starting_from({wrong: kept[one] for wrong, one in right.items()}), made[1]
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[int, str]]:
         return ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_parameters())
@@ -135,3 +140,13 @@ class Session:
             self.teacher.agree(leaf(*(t.clone() for t in call.received)), call.returned)
             for call in self.teacher.calls[finding.upstream]
         )
+
+
+def _until(number: int, operations: Sequence[Operation]) -> Sequence[Operation]:
+    """The operations that a value is made by."""
+    wanted, found = {number}, list[Operation]()
+    for operation in reversed(operations):
+        if wanted & {one for one in operation.outputs if one is not None and one not in operation.inputs}:
+            wanted.update(operation.inputs)
+            found.append(operation)
+    return found[::-1]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 
+from refiners.parity.axes import Orders
 from refiners.parity.bits import Worst, find_worst
+from refiners.parity.channels import exchanged
 from refiners.parity.fingerprint import Values
 from refiners.parity.inputs import map_tensors
 from refiners.parity.leaves import Pairing
@@ -58,11 +60,20 @@ class Point:
     """Whether both sides hold other numbers of elements."""
     is_other_rank: bool = False
     """Whether they have other numbers of axes as well."""
+    turned: tuple[tuple[int, int], ...] = ()
+    """Where both sides agree: numbers of values of the port and of upstream that hold one in another order of axes."""
+    is_way: bool = False
+    """Whether a leaf does a part of what upstream's does: what it returns is judged with the way to it."""
 
     @property
     def place(self) -> tuple[str, str, int]:
         """What identifies the point in another run."""
         return self.where, self.port, self.call
+
+    @property
+    def module(self) -> str:
+        """The path of upstream's leaf; of an output, all of upstream."""
+        return "" if self.where is Where.OUTPUT else self.upstream
 
 
 @dataclass
@@ -118,6 +129,8 @@ class Teacher:
     calls: dict[str, list[Call]]
     outputs: Mapping[str, Tensor]
     _expected: dict[int, int] = field(default_factory=dict[int, int])
+    orders: Orders = field(default_factory=Orders)
+    """In which the port holds what upstream holds in another one."""
 
     @classmethod
     def listen(cls, upstream: nn.Module, leaves: Mapping[str, nn.Module], run: Run, values: Values) -> "Teacher":
@@ -174,6 +187,7 @@ class Teacher:
             if count > len(lessons):
                 return None
             given, right = (args, kwargs), lessons[count - 1].received
+            self._look(given, right)
             # A leaf may be told by other means than upstream's, as a table of positions is by ids or by nothing at
             # all. What it returns is compared all the same.
             has_other_size = _has_other_size(given, right)
@@ -182,21 +196,26 @@ class Teacher:
                 is_turned = not point.agrees and not has_other_size and self._turns(module, given, lessons[count - 1])
                 points.append(_agreeing(point) if is_turned else point)
             with _undispatched():
-                return None if is_turned else _replaced(given, right)
+                return None if is_turned else self._replaced(given, right)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if count > len(lessons):
                 return None
             right, judged = lessons[count - 1], output
+            self._look(output, right.returned)
             if has_other_size:  # what it returned says nothing about it: it is asked again
                 with _undispatched():
                     again = _asked(module, right.received)
                     judged = right.returned if again is None else again
+                is_part = self.agree(output, right.returned) or _has_other_size(judged, right.returned)
+                if is_part:  # of what upstream's leaf does, as pads before it are
+                    points[-1], judged = _agreeing(points[-1]), output
             point = self._compare(Where.RETURNS, (path, upstream, count - 1), judged, right.returned)
-            point = _agreeing(point) if is_turned else point
+            point = _agreeing(point) if is_turned else replace(point, is_way=has_other_size and judged is output)
             points.append(point)
             with _undispatched():
-                return None if point.agrees and not has_other_size else _replaced(output, right.returned)
+                is_taught = not point.agrees or (has_other_size and judged is not output)
+                return self._replaced(output, right.returned) if is_taught else None
 
         return enter, leave
 
@@ -238,6 +257,7 @@ class Teacher:
             numbers, right = self._numbers(actual, expected), self._known(expected)
             agrees = numbers == right or (where is Where.RETURNS and _is_part(numbers, right))
             is_other_size = [tensor.numel() for tensor in actual] != [tensor.numel() for tensor in expected]
+            turned = exchanged(actual, expected)
             path, upstream, call = place
             return Point(
                 where=where,
@@ -251,12 +271,13 @@ class Teacher:
                 worst=None if agrees else _worst(path, expected, actual),
                 is_other_size=is_other_size,
                 is_other_rank=is_other_size and [t.ndim for t in actual] != [t.ndim for t in expected],
+                turned=tuple((self.values.number_of(a), self.values.number_of(e)) for a, e in turned if agrees),
             )
 
     def _numbers(self, actual: list[Tensor], expected: list[Tensor]) -> tuple[int, ...]:
         """Numbers of the port's tensors in upstream's shapes: leaves may flatten the axes they do not look at."""
         shaped = [
-            _in_layout(tensor, other.shape) if tensor.numel() == other.numel() else _unexpanded(tensor, other)
+            self._in_layout(tensor, other.shape) if tensor.numel() == other.numel() else _unexpanded(tensor, other)
             for tensor, other in zip(actual, expected, strict=False)
         ]
         return tuple(self.values.number_of(tensor) for tensor in (*shaped, *actual[len(shaped) :]))
@@ -267,6 +288,32 @@ class Teacher:
             if id(tensor) not in self._expected:
                 self._expected[id(tensor)] = self.values.number_of(tensor)
         return tuple(self._expected[id(tensor)] for tensor in expected)
+
+    def _look(self, given: Any, right: list[Tensor]) -> None:
+        """Remembers in which order the port holds what upstream holds, where that is another one."""
+        with torch.no_grad(), _undispatched():
+            for tensor, other in zip(tensors_in(given), right, strict=False):
+                if tensor.shape != other.shape and tensor.numel() == other.numel():
+                    self.orders.look(tensor.detach(), other, _in_layout(tensor.detach(), other.shape))
+
+    def _in_layout(self, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """A tensor in another shape, and in the order that was seen."""
+        known = self.orders.known(tensor, shape)
+        return _in_layout(tensor, shape) if known is None else known
+
+    def _replaced(self, given: Any, right: list[Tensor]) -> Any:
+        """The same nesting with upstream's tensors; None, which hooks take for no change, where they do not fit."""
+        if not _is_alike(given, right):
+            return None
+        actual = tensors_in(given)
+        waiting = iter([self._shaped_as(t, r) for t, r in zip(actual, right, strict=True)])
+        return map_tensors(given, lambda _: next(waiting))
+
+    def _shaped_as(self, tensor: Tensor, right: Tensor) -> Tensor:
+        """A copy of upstream's tensor in the shape of another one, and then in its memory: sums depend on its order."""
+        if tensor.shape == right.shape:
+            return right.clone()
+        return torch.empty_like(tensor, dtype=right.dtype).copy_(self._in_layout(right, tensor.shape))
 
 
 def _turned(tensors: list[Tensor], axes: tuple[int, int]) -> list[Tensor]:
@@ -338,7 +385,7 @@ def _in_layout(tensor: Tensor, shape: torch.Size) -> Tensor:
     if own[1] == shape[-1]:
         return tensor.movedim(1, -1).reshape(shape)
     if own[-1] == shape[1]:
-        return tensor.reshape(own[0], *shape[2:], own[-1]).movedim(-1, 1).contiguous()
+        return tensor.reshape(shape[0], *shape[2:], own[-1]).movedim(-1, 1).contiguous()
     return tensor.reshape(shape)
 
 
@@ -351,19 +398,3 @@ def _has_other_size(given: Any, right: list[Tensor]) -> bool:
         and len(actual) == len(right)
         and any(t.numel() != r.numel() for t, r in zip(actual, right, strict=True))
     )
-
-
-def _replaced(given: Any, right: list[Tensor]) -> Any:
-    """The same nesting with upstream's tensors; None, which hooks take for no change, where they do not fit."""
-    if not _is_alike(given, right):
-        return None
-    actual = tensors_in(given)
-    waiting = iter([_shaped_as(t, r) for t, r in zip(actual, right, strict=True)])
-    return map_tensors(given, lambda _: next(waiting))
-
-
-def _shaped_as(tensor: Tensor, right: Tensor) -> Tensor:
-    """A copy of upstream's tensor in the shape of another one, and then in its memory: sums depend on its order."""
-    if tensor.shape == right.shape:
-        return right.clone()
-    return torch.empty_like(tensor, dtype=right.dtype).copy_(_in_layout(right, tensor.shape))

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ from refiners.parity.operations import (
     taken_apart,
     tensors_in,
 )
+from refiners.parity.written import Cut, Whole, put_into, whole_of
 
 _TORCH = str(Path(torch.__file__).parent)
 _TORCH_LAYERS = str(Path(_TORCH) / "nn" / "modules")
@@ -50,7 +52,7 @@ _CALL_CODE = cast(Any, nn.Module)._call_impl.__code__
 class _Known:
     """What a tracer knows of one tensor, which it does not keep alive."""
 
-    __slots__ = ("digest", "is_weight", "number", "reference", "unread", "version")
+    __slots__ = ("cut", "digest", "is_blank", "is_weight", "maker", "number", "reference", "unread", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.reference = weakref.ref(tensor)
@@ -61,6 +63,12 @@ class _Known:
         """For a view that nobody has read: what made it, which result it is, its version, its digest if known."""
         self.is_weight = False
         """Whether it is a parameter or a buffer, or a view of one."""
+        self.maker = -1
+        """The index of the operation that returned it last."""
+        self.is_blank = False
+        """Whether it was made without a value."""
+        self.cut: Cut | None = None
+        """For a view: how it was cut."""
 
 
 class Tracer(TorchDispatchMode):
@@ -141,6 +149,10 @@ class Tracer(TorchDispatchMode):
         """The numbers of all tensors of a nesting."""
         return tuple(self.number_of(tensor) for tensor in tensors_in(value))
 
+    def makers_of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """The indices of the operations that returned tensors, of which others may have the same value."""
+        return tuple(self._known(tensor).maker for tensor in tensors)
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its compiler, which takes seconds, for code that is never compiled
@@ -154,6 +166,7 @@ class Tracer(TorchDispatchMode):
         inputs = () if is_view else tuple(map(self.number_of, given))
         origin = self._origin()
         self._keep(inputs, given)
+        whole = self._whole(given) if is_mutable and self.read_views else None
         result = func(*args, **kwargs)
         results = tensors_in(result)
         operation = Operation(
@@ -170,21 +183,27 @@ class Tracer(TorchDispatchMode):
             backward_of=origin.index if origin else None,
             function=func,
             template=template,
+            makers=self.makers_of(given) if self.read_views else (),
         )
         self.trace.operations.append(operation)
         if is_view:
             self._take_view(operation, given[0], results)
             self._keep(operation.inputs, given)
         elif "empty" in operation.name:
-            pass  # what lies in memory by chance is no value
+            for tensor in results:  # what lies in memory by chance is no value
+                self._known(tensor).is_blank = True
         elif is_mutable:
             # Autograd counts the new version after this returns: what is cached now would be taken for the old one.
             operation.outputs = tuple(self.values.number_of(tensor) for tensor in results)
             for tensor in results:
                 self._known(tensor).version = -1
+            if whole is not None and results:
+                self._take_whole(operation, whole, results[0])
         else:
             operation.outputs = tuple(self.number_of(tensor) for tensor in results)
         self._keep(operation.outputs, results)
+        for tensor in results:
+            self._known(tensor).maker = max(operation.index, self._known(tensor).maker)
         return result
 
     def _keep(self, numbers: Sequence[int | None], tensors: Sequence[Tensor]) -> None:
@@ -193,6 +212,38 @@ class Tracer(TorchDispatchMode):
                 before, self._paused = self._paused, True
                 self.kept[number] = tensor.detach().clone()
                 self._paused = before
+
+    def _whole(self, given: Sequence[Tensor]) -> Whole | None:
+        """What the first tensor is a part of, before it is written to."""
+        base = whole_of(given[0]) if given else None
+        if base is None or self._known(base).is_blank or self._known(base).is_weight:
+            return None
+        number = self.number_of(base)
+        self._keep((number,), (base,))
+        return Whole(base, number, self._known(base).maker, *put_into(base, given[0], self._known(given[0]).cut))
+
+    def _take_whole(self, operation: Operation, whole: Whole, part: Tensor) -> None:
+        """One more operation, which makes the whole out of what it was and of the part that was written."""
+        before, self._paused = self._paused, True
+        number = self.values.number_of(whole.tensor)
+        self._paused = before
+        self._known(whole.tensor).version = -1
+        given, template = whole.joined(part)
+        made = replace(
+            operation,
+            index=len(self.trace.operations),
+            name=str(whole.function).rsplit(".", 1)[0],
+            inputs=(whole.number, cast(int, operation.outputs[0])),
+            outputs=(number,),
+            tensors=tuple((tensor.dtype, tuple(tensor.shape)) for tensor in given),
+            given=floats_in(given),
+            function=whole.function,
+            template=template,
+            makers=(whole.maker, operation.index),
+        )
+        self.trace.operations.append(made)
+        self._known(whole.tensor).maker = made.index
+        self._keep((number,), (whole.tensor,))
 
     def _origin(self) -> Operation | None:
         """On the way back: the operation of the forward that autograd is at, by the number that autograd gave it."""
@@ -206,6 +257,8 @@ class Tracer(TorchDispatchMode):
     def _take_view(self, operation: Operation, base: Tensor, views: list[Tensor]) -> None:
         """A view is fingerprinted when it is read. Views of views are one operation; those of weights are weights."""
         known = self._known(base)
+        for view in views if self.read_views else ():
+            self._known(view).cut = Cut(weakref.ref(base), operation.function, operation.template[0][1:])
         if known.is_weight:
             for place, view in enumerate(views):
                 number = self._number_of_view(operation, base, view, place)
@@ -291,6 +344,7 @@ def _watched(model: nn.Module, tracer: Tracer) -> Generator[None, None, None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             parent = tracer.stack[-1] if tracer.stack else -1
             call = ModuleCall(len(calls), path, type(module).__name__, parent, tracer.numbers_in((args, kwargs)))
+            call.makers = tracer.makers_of(tensors_in((args, kwargs)))
             calls.append(call)
             tracer.stack.append(call.index)
 

@@ -60,8 +60,9 @@ class Trial:
             raise TimeoutError
         holds = all(_makes(making, *(draw[::-1] if of_upstream else draw)) for draw in self.draws)
         if holds:
-            edited = self.port.operations[-1:] if of_upstream else _touched(making(self.port, self.upstream), self.port)
-            self.touched[:] = edited
+            sides = (self.upstream, self.port) if of_upstream else (self.port, self.upstream)
+            edited = _touched(making(*sides), sides[0])
+            self.touched[:] = _before(edited, *sides) if of_upstream else edited
         return holds
 
     def part(self, ours: int, theirs: int) -> "Trial":
@@ -82,6 +83,23 @@ def _touched(edit: Edit, program: Program) -> list[Operation]:
     indices = {*edit.changes, *(index for index, _ in edit.reads)}
     makers = [program.made[number][0] for number in edit.values if number in program.made and number != program.root]
     return [*(operation for operation in program.operations if operation.index in indices), *makers]
+
+
+def _before(edited: Sequence[Operation], upstream: Program, port: Program) -> list[Operation]:
+    """Where in the port something of upstream's is missing: what makes its value, less what upstream does behind it."""
+    reached = {number for operation in edited for number in operation.outputs}
+    behind: set[str] = set()
+    for operation in upstream.operations:
+        if operation not in edited and not reached.isdisjoint(operation.inputs):
+            reached.update(operation.outputs)
+            behind.add(operation.name)
+    last = port.operations[-1:]
+    while last and last[0].name in behind:
+        makers = [port.made[number][0] for number in last[0].inputs if number in port.made]
+        if not makers or makers[0].index >= last[0].index:
+            break
+        last = makers[:1]
+    return list(last)
 
 
 def _makes(making: Making, changed: Program, right: Program) -> bool:

@@ -28,6 +28,18 @@ def refuse(name: str, arguments: Sequence[Any], tensors: Sequence[Tensor]) -> No
         _check_weight_norm(*arguments[:3])
 
 
+def check_axes(made: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Refuses a view with another number of axes than torch asked for.
+
+    Where the function that asked is torch's own, as `repeat_interleave`, it writes into a list of sizes by place.
+
+    Raises:
+        ValueError: they have others, or there are not as many.
+    """
+    if [tensor.ndim for tensor in made] != [tensor.ndim for tensor in right]:
+        raise ValueError("a view with another number of axes")
+
+
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
     """Torch's own kernels read beyond a tensor of another shape, and divide by a size of 0."""
     sizes = query.ndim == key.ndim == value.ndim == 4 and key.shape[:2] == value.shape[:2]

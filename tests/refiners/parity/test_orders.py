@@ -121,3 +121,37 @@ def test_what_stands_elsewhere_is_named(fault: str, words: tuple[str, ...]) -> N
 
 def test_without_a_fault_nothing_is_blamed() -> None:
     assert explained("").faults == []
+
+
+class Capped(nn.Module):
+    """Upstream: scores that are divided by a root, then kept within 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.out = nn.Linear(16, 32), nn.Linear(16, 16)
+
+    def scored(self, scores: Tensor) -> Tensor:
+        return 5.0 * torch.tanh(scores / 4.0 / 5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qk(x).chunk(2, -1)
+        return self.out(self.scored(q @ k.transpose(-1, -2)).softmax(-1) @ x)
+
+
+class CappedFirst(Capped):
+    """The port: within 5 first, then times the root's inverse."""
+
+    def scored(self, scores: Tensor) -> Tensor:
+        return torch.tanh(scores / 5.0) * 5.0 * 0.25
+
+
+def test_a_factor_that_stands_some_steps_away_as_its_inverse_is_one_move() -> None:
+    with held_equal(LANE):
+        upstream, port = Capped().to(LANE.dtype).eval(), CappedFirst().to(LANE.dtype).eval()
+        fill_informative(upstream, 0)
+        port.load_state_dict(upstream.state_dict(), assign=True)
+        runs = (lambda model=model: {"y": model(X.clone())} for model in (upstream, port))
+        (fault,) = explain_modules(upstream, port, *runs).faults
+    assert fault.diagnosis.startswith("when `mul` at ")
+    assert "comes before `tanh`, as upstream at " in fault.diagnosis
+    assert fault.diagnosis.endswith("not behind it")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refiners.parity import edits
 from refiners.parity.fingerprint import Values
 from refiners.parity.operations import Operation
 from refiners.parity.replay import as_it_is, scalars, with_arguments, with_scalar
@@ -44,3 +45,18 @@ def test_a_norm_of_weights_along_an_axis_that_does_not_fit_is_refused(axis: int)
     assert len(as_it_is(operation, [X, LENGTH])) == 2
     with pytest.raises(ValueError, match="do not fit a norm of weights"):
         with_arguments(operation, with_scalar(operation.template, (0, 2), axis), [X, LENGTH])
+
+
+class Repeated(nn.Module):
+    """A function of torch's own that asks for a view, and writes into the list of its sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, -1)
+
+
+def test_a_view_with_another_number_of_axes_than_torch_asked_for_is_refused() -> None:
+    model = Repeated()
+    with edits.operation(model, 0, torch.ops.aten.unsqueeze.default, edits.left_out)():
+        with pytest.raises(ValueError, match="another number of axes"):
+            model(X)
+    assert torch.equal(model(X), X.repeat_interleave(2, -1))
