@@ -85,10 +85,9 @@ def wired(finding: Finding, session: Session) -> str:
     call = next((c for c in session.upstream_trace.calls if c.path in ours and expected in c.outputs), None)
     if call is None:
         right = flow.origin(session.upstream_trace, expected, ours)
-        there, here = (
-            finding.point.shapes if right and right == given else ("", "")
-        )  # of several things that the model is given
-        right, given = (f"{words} ({shape})" if shape else words for words, shape in ((right, there), (given, here)))
+        if right and right == given and all(finding.point.shapes):  # two of several things that the model is given
+            there, here = finding.point.shapes
+            right, given = f"{right} ({there})", f"{given} ({here})"
         return f"when it receives {right} of upstream: here it receives {given}" if right and given else ""
     return (
         f"when it receives what `{ours[call.path]}` returns, as upstream's does: here it receives {given or 'another'}"

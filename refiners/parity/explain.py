@@ -227,8 +227,7 @@ def explain_modules(
     if teacher.orders:
         teacher.orders.are_believed = False
         plain = again(best[2])
-        sides = ((len(lesson[0]), places_in(lesson[0])) for lesson in (best, plain))
-        teacher.orders.are_believed = next(sides) < next(sides)
+        teacher.orders.are_believed = _extent(best) < _extent(plain)
         best = best if teacher.orders.are_believed else plain
     findings, points, pairing, forced = without_borders(without_wholes(best, again), ours.known(), again)
     session = Session(
@@ -286,6 +285,11 @@ def _burden(findings: list[Finding], wrong: list[str]) -> tuple[int, int]:
     """
     denied = sum(not set(wrong).isdisjoint(finding.suspects) for finding in findings)
     return len(findings) + 2 * denied, sum(not finding.is_leaf for finding in findings)
+
+
+def _extent(lesson: Lesson) -> tuple[int, int]:
+    """How much is found: the findings, and the places they show at."""
+    return len(lesson[0]), places_in(lesson[0])
 
 
 def _lesson(
