@@ -1,8 +1,7 @@
 """A sample of the planted faults, quick enough for every run; all of them are `nox -s mutants`.
 
 The sample is the same each time. What it must show: every fault is told by some case, none is left in a port, and what
-is said to be equivalent is. Solvers, pipelines and LoRAs have no sample: it would take 9, 12 and 5 seconds, since most
-of their faults are told by one case of many.
+is said to be equivalent is. Pipelines have no sample: most of what is planted in them are faults of the other families.
 """
 
 from collections.abc import Sequence

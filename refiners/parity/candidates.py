@@ -106,14 +106,14 @@ def changed(program: Program, numbers: set[bool | int | float]) -> Iterator[Cand
         if operation.inputs and not unlike.is_move(operation):
             text = orders.taken_behind(program, operation) if len(group) == 1 else ""
             text = text or f"without {flow.told(operation)} at {at}{residual(group, 'a residual too much')}"
-            yield Candidate(text, _everywhere(group, left_out), (operation.name, at, len(group)))
+            yield Candidate(text, everywhere(group, left_out), (operation.name, at, len(group)))
         for path, value, new in _scalars(operation, numbers):
             tried += 1
             if tried > MOST_TRIED:
                 return
             name = _argument_of(operation, path)
             text = f"when in `{flow.name_of(operation)}` at {at} {name} is {flow.number(new)}, not {flow.number(value)}"
-            yield Candidate(text, _everywhere(group, _with(path, new)), (operation.name, at, path))
+            yield Candidate(text, everywhere(group, with_value(path, new)), (operation.name, at, path))
 
 
 def outer(program: Program) -> Iterator[Candidate]:
@@ -125,7 +125,7 @@ def outer(program: Program) -> Iterator[Candidate]:
         size = program.values[first.outputs[0]].numel()
         for place in range(2) if all(program.values[number].numel() < size for number in first.inputs) else ():
             text = f"without {flow.told(first)} at {first.source}"
-            yield Candidate(text, _everywhere(group, _repeated(place)), (first.name, str(first.source), len(group)))
+            yield Candidate(text, everywhere(group, _repeated(place)), (first.name, str(first.source), len(group)))
 
 
 def _repeated(place: int) -> Change:
@@ -153,7 +153,7 @@ def tiled(program: Program) -> Iterator[Candidate]:
         f"when in `repeat` at {tiled[0].source} each entry of axis {axis} is repeated by itself, as 0 0 1 1 "
         "(`repeat_interleave`): here all of them are in turn, as 0 1 0 1"
     )
-    yield Candidate(text, _everywhere(same, one_by_one), (tiled[0].name, axis))
+    yield Candidate(text, everywhere(same, one_by_one), (tiled[0].name, axis))
 
 
 def _reduced(program: Program, numbers: set[bool | int | float]) -> Iterator[Candidate]:
@@ -170,11 +170,11 @@ def _reduced(program: Program, numbers: set[bool | int | float]) -> Iterator[Can
         text = f"when in `mean` at {first.source} the mean is of {{}} values, not of {shape[-1]}: {{}}"
         for other in range(1, len(shape) - 1):
             told = text.format(shape[other] * shape[-1], f"axes {other} and {axis} together, as all heads")
-            axes = _with((0, 1), [other, axis])
-            yield Candidate(told, _everywhere(group, axes), (first.name, str(first.source), other))
+            axes = with_value((0, 1), [other, axis])
+            yield Candidate(told, everywhere(group, axes), (first.name, str(first.source), other))
         for size in sorted(one for one in sizes if 1 < one < shape[-1] and shape[-1] % one == 0):
             told = text.format(size, "each part of the last axis by itself, as head by head")
-            yield Candidate(told, _everywhere(group, _in_parts(size)), (first.name, str(first.source), -size))
+            yield Candidate(told, everywhere(group, _in_parts(size)), (first.name, str(first.source), -size))
 
 
 def _in_parts(size: int) -> Change:
@@ -192,7 +192,7 @@ def bounds(program: Program) -> Iterator[Candidate]:
         if other is not None:
             at = f"{group[0].source}"
             text = f"when `{other}` is in the place of `{flow.name_of(group[0])}` at {at}, which is off by one"
-            yield Candidate(text, _everywhere(group, _compared_by(other)), (other, at))
+            yield Candidate(text, everywhere(group, _compared_by(other)), (other, at))
 
 
 def _compared_by(name: str) -> Change:
@@ -208,7 +208,9 @@ def residual(operations: Sequence[Operation], what: str) -> str:
     return f" ({what})" if any(map(flow.is_residual, operations)) else ""
 
 
-def _with(path: tuple[object, ...], new: object) -> Change:
+def with_value(path: tuple[object, ...], new: object) -> Change:
+    """Another value of an argument that is no tensor, at a path in the template."""
+
     def change(operation: Operation, given: list[Tensor]) -> object:
         return with_arguments(operation, with_scalar(operation.template, path, new), given)
 
@@ -224,7 +226,8 @@ def groups(program: Program) -> Iterator[list[Operation]]:
     yield from ([operation] for group in lines.values() if len(group) > 1 for operation in group)
 
 
-def _everywhere(group: Sequence[Operation], change: Change) -> Making:
+def everywhere(group: Sequence[Operation], change: Change) -> Making:
+    """One change at each of some operations."""
     return lambda port, upstream: Edit(changes={operation.index: change for operation in group})
 
 

@@ -1,16 +1,16 @@
 """Changes of how values are laid out: axes that are joined or cut, the side of a padding and what it holds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from refiners.parity import flow
-from refiners.parity.candidates import Candidate, groups
+from refiners.parity.candidates import Candidate, everywhere, groups, with_value
 from refiners.parity.operations import Operation
-from refiners.parity.replay import Change, Edit, Program, with_arguments, with_scalar
-from refiners.parity.trial import Making
+from refiners.parity.replay import Change, Program
 
 
 def laid_out(program: Program) -> Iterator[Candidate]:
@@ -21,19 +21,24 @@ def laid_out(program: Program) -> Iterator[Candidate]:
     yield from _padded_with(program)
 
 
-def _joined(program: Program) -> Iterator[Candidate]:
+def _views(program: Program) -> Iterator[tuple[list[Operation], tuple[int, ...], tuple[int, ...]]]:
+    """Operations that give a value another shape, those of one line together, with both shapes."""
     for group in groups(program):
         first = group[0]
-        if first.name not in ("aten.view", "aten._unsafe_view") or first.outputs[0] is None:
-            continue
-        before = tuple(program.values[first.inputs[0]].shape)
-        axis = joined_axis(before, tuple(program.values[first.outputs[0]].shape))
+        if first.name in ("aten.view", "aten._unsafe_view") and first.outputs[0] is not None:
+            before, after = (program.values[number].shape for number in (first.inputs[0], first.outputs[0]))
+            yield group, tuple(before), tuple(after)
+
+
+def _joined(program: Program) -> Iterator[Candidate]:
+    for group, before, after in _views(program):
+        first, axis = group[0], joined_axis(before, after)
         if axis is not None:
             text = (
                 f"when axes {axis} and {axis + 1} of the shape {list(before)} are exchanged before they are joined "
                 f"at {first.source}"
             )
-            yield Candidate(text, _everywhere(group, _exchanged(axis)), (first.name, str(first.source), "joined"))
+            yield Candidate(text, everywhere(group, _exchanged(axis)), (first.name, str(first.source), "joined"))
 
 
 def joined_axis(before: Sequence[int], after: Sequence[int]) -> int | None:
@@ -53,12 +58,8 @@ def _exchanged(axis: int) -> Change:
 
 def _cut(program: Program) -> Iterator[Candidate]:
     """An axis that holds two things, as all frames of all videos, has them in the other order."""
-    for group in groups(program):
-        first = group[0]
-        if first.name not in ("aten.view", "aten._unsafe_view") or first.outputs[0] is None:
-            continue
-        after = tuple(program.values[first.outputs[0]].shape)
-        axis = joined_axis(after, tuple(program.values[first.inputs[0]].shape))
+    for group, before, after in _views(program):
+        first, axis = group[0], joined_axis(after, before)
         if axis is not None:
             right = list(after[axis : axis + 2][::-1])
             whole = [*after[:axis], *right, *after[axis + 2 :]]
@@ -66,7 +67,7 @@ def _cut(program: Program) -> Iterator[Candidate]:
                 f"when in `view` at {first.source} the shape is {whole}, not {list(after)}, with axes {axis} and "
                 f"{axis + 1} exchanged behind: what is cut holds the two in the other order"
             )
-            yield Candidate(text, _everywhere(group, _cut_as(axis, right)), (first.name, str(first.source), "cut"))
+            yield Candidate(text, everywhere(group, _cut_as(axis, right)), (first.name, str(first.source), "cut"))
 
 
 def _cut_as(axis: int, sizes: list[int]) -> Change:
@@ -89,7 +90,7 @@ def _padded_with(program: Program) -> Iterator[Candidate]:
         for kind, words in _KINDS.items() if own else ():
             if kind != own:
                 text = f"when the padding of `{name}` at {group[0].source} {words}: here it {_KINDS[own]}"
-                yield Candidate(text, _everywhere(group, _with_kind(kind)), ("pad kind", str(group[0].source)))
+                yield Candidate(text, everywhere(group, _with_kind(kind)), ("pad kind", str(group[0].source)))
 
 
 _PADS = {"constant_pad": "constant", "replication_pad": "replicate", "reflection_pad": "reflect"}
@@ -106,18 +107,8 @@ def _with_kind(kind: str) -> Change:
 
 def padded(x: Tensor, pad: Sequence[int], kind: str) -> Tensor:
     """A tensor with more at the ends of its last axes, zeros or what lies inside."""
-    for place in range(0, len(pad), 2):
-        axis, size = x.ndim - 1 - place // 2, x.shape[-1 - place // 2]
-        at = torch.arange(-pad[place], size + pad[place + 1])
-        if kind == "constant":
-            kept = x.index_select(axis, at.clamp(0, size - 1))
-            inside = (at >= 0) & (at < size)
-            x = kept * inside.to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
-            continue
-        turns = {"replicate": at.clamp(0, size - 1), "circular": at % size}
-        mirror = (size - 1) - ((at % max(2 * size - 2, 1)) - (size - 1)).abs()
-        x = x.index_select(axis, turns.get(kind, mirror))
-    return x
+    # Of other kinds torch pads all axes but the first two, or none.
+    return functional.pad(x, [*pad, *[0] * (2 * (x.ndim - 2) - len(pad))], mode=kind)
 
 
 def _padded(program: Program) -> Iterator[Candidate]:
@@ -133,15 +124,4 @@ def _padded(program: Program) -> Iterator[Candidate]:
                 f"when in `{flow.name_of(group[0])}` at {group[0].source} `pad` is {other}, not {list(size)}, "
                 "which is on the other side"
             )
-            yield Candidate(text, _everywhere(group, _with_pad(other)), ("pad", size))
-
-
-def _with_pad(pad: list[int]) -> Change:
-    def change(operation: Operation, given: list[Tensor]) -> object:
-        return with_arguments(operation, with_scalar(operation.template, (0, 1), pad), given)
-
-    return change
-
-
-def _everywhere(group: Sequence[Operation], change: Callable[[Operation, list[Tensor]], object]) -> Making:
-    return lambda port, upstream: Edit(changes={operation.index: change for operation in group})
+            yield Candidate(text, everywhere(group, with_value((0, 1), other)), ("pad", size))

@@ -22,24 +22,9 @@ from refiners.fluxion.adapters import (
 )
 from refiners.fluxion.adapters.weights import named_base_modules
 from refiners.fluxion.selectors import select
-from refiners.parity.rounding import agrees_in_float64, relative_error, typical_magnitude
-
-
-def model() -> fl.Chain:
-    return fl.Chain(
-        fl.Conv2d(3, 6, kernel_size=3, padding=1),
-        fl.Permute(0, 2, 3, 1),
-        fl.Residual(fl.Linear(6, 6), fl.ReLU(), fl.Linear(6, 6, bias=False)),
-        fl.Linear(6, 4),
-    ).to(dtype=torch.float64)
-
+from tests.refiners.fluxion.adapters.lora_trees import is_close, model
 
 X = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def is_close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors in float64 are the same up to rounding."""
-    return agrees_in_float64(relative_error(a, b, typical_magnitude(b, gradient=True)))
 
 
 def trained(tree: fl.Chain, name: str, method: str = "lora", **settings: Any) -> LoraSet:
