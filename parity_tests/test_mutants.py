@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from parity_tests.cases import autoencoder, bert, clip, lora, solvers, unet, vit
-from refiners.parity import Case
+from refiners.parity import Case, Lane
 from refiners.parity.equivalent import load_equivalents
+from refiners.parity.explain import explain_sides
 from refiners.parity.kills import Settings, hunt
+from refiners.parity.mutate import bench
 
 EQUIVALENTS = load_equivalents(Path(__file__).parent / "equivalent.toml")
+ATTENTION = "TransformerLayer_1.AttentionResidual.SelfAttention.MaskedAttention"
+THROWN_AWAY = f"exchange-axes::{ATTENTION}::transpose 4, read as if"
 # How many faults are planted in each case. Most faults of a solver are told by one case of many, so all cases run.
 PER_CASE = {"solvers": 2}
 SAMPLES: dict[str, tuple[Sequence[Case], set[str]]] = {
@@ -37,3 +41,14 @@ def test_every_planted_fault_of_a_sample_is_told(family: str) -> None:
     assert len(table.faults) >= 80
     assert [trial.id for trial in table.survived.values()] == []
     assert table.problems == []
+
+
+def test_a_result_that_is_thrown_away_is_not_said_to_be_another_activation() -> None:
+    """What is returned and what should be are two values of the port, each of which is the identity of itself."""
+    (case,) = (case for case in vit.CASES if case.id == "vit/tiny")
+    with bench(case, Lane("float32")) as stand:
+        (mutant,) = (one for one in stand.mutants() if one.fault == THROWN_AWAY)
+        with stand.planted(mutant):
+            faults = explain_sides(stand.case, stand.lane, stand.upstream, stand.port).faults
+    assert [fault.finding.port for fault in faults] == [mutant.path]
+    assert "activation" not in faults[0].diagnosis

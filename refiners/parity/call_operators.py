@@ -351,14 +351,10 @@ def downcast(call: Call, given: Mapping[str, Any]) -> Changes:
         yield "float32", change
 
 
-_OF_A_MOVE = frozenset({"device", "non_blocking", "copy"})
-"""Arguments of `to` that change no dtype."""
-
-
 @call_operator("cast", "to float double type type_as int long", lanes="half")
 def cast_missing(call: Call, given: Mapping[str, Any]) -> Changes:
     """A cast is missing. To move to a device is none."""
-    asked = [*call.args[1:], *(value for name, value in call.kwargs.items() if name not in _OF_A_MOVE)]
+    asked = (*call.args[1:], *call.kwargs.values())
     moves = call.name == "to" and all(isinstance(one, torch.device | str | int) for one in asked)
     if isinstance(call.args[0], Tensor) and not moves:
         yield "missing", lambda func, args, kwargs: args[0]

@@ -215,7 +215,7 @@ def _activation(trial: Trial) -> str:
         return ""
     for side in (1, 0):
         programs = [draw[side] for draw in trial.draws]
-        if any(len(p.leaves()) != 1 or not p.operations or p.leaves() & p.made.keys() for p in programs):
+        if any(len(p.leaves()) != 1 or not p.operations for p in programs):
             return ""
         if not all(program.values[n].is_floating_point() for program in programs for n in program.leaves()):
             return ""
