@@ -42,12 +42,12 @@ def test_a_twentieth_more_is_found_in_nearly_all_simulated_runs() -> None:
 
 @pytest.mark.timed
 @torch.no_grad()
-def test_the_rule_holds_in_a_few_real_runs() -> None:
-    gates = engine.measure_gates({"chain": chain}, runs=3, minutes=0.2, seconds=1.0)
+def test_a_few_real_runs_find_twice_the_work() -> None:
+    """On any machine. A twentieth more is found only where little else runs, of which three runs can prove nothing."""
+    gates = engine.measure_gates({"chain": chain}, runs=3, minutes=0.2, seconds=1.0, more=engine.CALLS)
     tries = gates["chain"]
     assert tries.equal.share(Standing.SLOWER)[0] <= 1
-    assert tries.slower.share(Standing.FASTER)[0] == 0
-    assert tries.slower.share(Standing.SLOWER)[0] >= 1
+    assert tries.slower.share(Standing.SLOWER)[0] == tries.slower.runs > 0
 
 
 def test_too_few_runs_are_not_trusted() -> None:

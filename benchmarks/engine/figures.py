@@ -27,8 +27,8 @@ CONFIDENCE = 0.99
 LOOKS = 8
 # Seconds that are spent on a figure.
 BUDGET = 2.0
-# An undecided figure is worth more time than one that is clear.
-PATIENCE = 3
+# An undecided figure is worth more time than one that is clear: four times the draws halve an interval.
+PATIENCE = 8
 HOPELESS = 10
 # The half-width, as a share of the median, at which an interval is narrow enough.
 PRECISION = 0.01
@@ -190,7 +190,7 @@ def measure(
         limit: What the figure may be at most. None: the figure is told, and judged by nobody.
         unit: The unit of the figure; "×" for a ratio.
         precision: The half-width, as a share of the median, at which the interval is narrow enough.
-        budget: Seconds after which no further draw is made; three times as many while the figure is undecided.
+        budget: Seconds after which no further draw is made; eight times as many while the figure is undecided.
         fewest: The number of draws that are made in any case. The interval is looked at then, and each time the
             number has doubled: a look after every draw would stop at the first lucky one.
         clock: What tells the time; tests bring their own.

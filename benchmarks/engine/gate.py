@@ -98,14 +98,14 @@ def try_out(gate: Gate, equal: Pair, slower: Pair, runs: int, until: float, seco
 
 
 def measure_gates(
-    workloads: Mapping[str, Callable[[], Act]], runs: int, minutes: float, seconds: float = 2.0
+    workloads: Mapping[str, Callable[[], Act]], runs: int, minutes: float, seconds: float = 2.0, more: int = MORE
 ) -> dict[str, Gate]:
-    """The rates of each workload, which share the time among them."""
+    """The rates of each workload, which share the time among them; `more` calls for every 20 are the slowdown."""
     gates = {name: Gate() for name in workloads}
     start = time.monotonic()
     for i, (name, build) in enumerate(workloads.items()):
         until = start + 60 * minutes * (i + 1) / len(workloads)
-        try_out(gates[name], pair(build, CALLS), pair(build, CALLS + MORE), runs, until, seconds)
+        try_out(gates[name], pair(build, CALLS), pair(build, CALLS + more), runs, until, seconds)
     return gates
 
 
