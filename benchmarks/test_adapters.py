@@ -1,20 +1,24 @@
 """What injected adapters cost: beside the same model without them, beside peft's, and beside their products alone."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import refiners.fluxion.layers as fl
 from benchmarks.adapter_rows import ADAPTERS, attention_projections, inject_one, inject_several
 from benchmarks.conftest import Record, Tell
 from benchmarks.engine.contestants import Pair, Work
-from benchmarks.engine.figures import exact
+from benchmarks.engine.figures import exact, measure
+from benchmarks.engine.timers import ByClock
 from benchmarks.upstream import inject_peft_loras, remove_peft_loras
 from benchmarks.workloads import PORTS, Act, case, draw, forward_of, with_adapter
 from reference_ports.unet import SD1UNet
@@ -104,6 +108,34 @@ def flops(act: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         act()
     return counter.get_total_flops()
+
+
+# Injecting into many layers, with tensors
+
+
+def layers_of_64(container: Any) -> nn.Module:
+    return container(*[nn.Linear(64, 64) for _ in range(743)])
+
+
+@pytest.mark.told
+def test_loras_on_743_layers_in_and_out_against_peft(tell: Tell) -> None:
+    """As a user has it: the garbage collector runs, and searches now and then in a turn of either."""
+    model, other, timer = layers_of_64(fl.Chain), layers_of_64(nn.Sequential), ByClock(time.process_time)
+
+    def ours() -> None:
+        inject_loras(model, name="style", rank=16).eject()
+
+    def theirs() -> None:
+        peft_model: Any = get_peft_model(cast(Any, other), LoraConfig(r=16, target_modules="all-linear"))
+        peft_model.unload()
+
+    def ratio() -> float:
+        turns = [(timer(ours, 1), timer(theirs, 1)) for _ in range(3)]
+        return sum(ours for ours, _ in turns) / sum(theirs for _, theirs in turns)
+
+    ratio()
+    figure = measure(ratio, limit=0.1, precision=0.05, fewest=8, clock=time.process_time)
+    tell(replace(figure, facts={"who": "refiners", "against": "peft", "rank": 16}))
 
 
 # Injecting into the published size, on `meta`

@@ -16,6 +16,7 @@ in any order. An injection is a transaction: it is done completely or not at all
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeGuard, TypeVar, cast
 from weakref import ref
 
@@ -261,15 +262,16 @@ class Adapter(Generic[T]):
     def _match_training_mode(self) -> None:
         target = cast(nn.Module, self.target)
         mode = target.training
-        waiting: list[nn.Module | None] = [self._as_chain()]
-        while waiting:
-            module = waiting.pop()
+        modules: list[nn.Module | None] = [self._as_chain()]
+        for module in modules:  # which grows meanwhile
             if module is None or module is target:
                 continue
-            if module.training is not mode:
+            own = module.__dict__
+            if own["training"] is not mode:
                 _set(module, "training", mode)
             # Not `children()`, which takes longer than all the rest of an injection.
-            waiting += module.__dict__["_modules"].values()
+            if own["_modules"]:
+                modules += own["_modules"].values()
 
     def _pre_structural_copy(self) -> None:
         if isinstance(self.target, Chain):
@@ -295,18 +297,18 @@ def _set(module: Any, name: str, value: Any) -> None:
     before = own.get(name, _MISSING)
     if before is _MISSING and value is None:
         return
-
-    def undo() -> None:
-        if before is _MISSING:
-            own.pop(name, None)
-        else:
-            own[name] = before
-
-    note_undo(undo)
+    note_undo(partial(_put_back, own, name, before))
     if value is None:
         del own[name]
     else:
         own[name] = value
+
+
+def _put_back(own: dict[str, Any], name: str, before: Any) -> None:
+    if before is _MISSING:
+        own.pop(name, None)
+    else:
+        own[name] = before
 
 
 def _set_parent(module: nn.Module, parent: Chain | None) -> None:
@@ -342,7 +344,7 @@ def _holders(top: Chain, target: nn.Module) -> list[Any]:
         branches: list[Any] = [] if target.parent is None or target not in target.parent else [target.parent]
     else:
         branches = holders_of(target)
-    return [branch for branch in branches if branch is top or any(parent is top for parent in branch.get_parents())]
+    return [branch for branch in branches if branch is top or top in branch.get_parents()]
 
 
 def _explain_absence(top: Chain, target: nn.Module) -> str:

@@ -34,7 +34,7 @@ class _Holding(ref[nn.Module]):
 
 def holders_of(module: nn.Module) -> "list[Slots]":
     """The branches that have this leaf as a child, in any tree. A node with children knows its parent instead."""
-    branches = [holding.branch() for holding in getweakrefs(module) if isinstance(holding, _Holding)]
+    branches = [holding.branch() for holding in getweakrefs(module) if type(holding) is _Holding]
     return [branch for branch in branches if branch is not None and branch.has_slot_of(module)]
 
 
@@ -59,19 +59,22 @@ class Slots(ContextModule):
         super().__init__()
         children: tuple[Any, ...] = tuple(modules[0]) if _is_iterable_of_modules(modules) else modules
         for i, module in enumerate(children):
-            if not isinstance(module, nn.Module):
+            if isinstance(module, ContextModule):
+                if module._can_refresh_parent and module.parent is not None:
+                    raise ParentError(
+                        f"{type(module).__name__} already has parent {type(module.parent).__name__}, so it cannot be a "
+                        f"child of a new {type(self).__name__}. Remove it first, or append it: append moves it."
+                    )
+            elif not isinstance(module, nn.Module):
                 raise TreeTypeError(
                     f"{type(self).__name__} takes modules, got {type(module).__name__} at position {i}. "
                     "Wrap a function in fl.Lambda."
                 )
-            if isinstance(module, ContextModule) and module._can_refresh_parent and module.parent is not None:
-                raise ParentError(
-                    f"{type(module).__name__} already has parent {type(module.parent).__name__}, so it cannot be a "
-                    f"child of a new {type(self).__name__}. Remove it first, or append it: append moves it."
-                )
-        self._replace_all(dict(zip(child_names(children), children, strict=True)))
+        own = self.__dict__
+        own["_modules"], own["_holdings"] = dict(zip(child_names(children), children, strict=True)), {}
         # Nothing to undo if a transaction fails: nobody but the transaction has this node, and children do not keep it.
         for module in children:
+            self._hold(module)
             if isinstance(module, ContextModule):
                 module._set_parent(cast(Any, self))
             elif module.__dict__.get("_modules"):
@@ -115,13 +118,14 @@ class Slots(ContextModule):
             self._hold(module)
 
     def _hold(self, module: nn.Module) -> None:
-        holdings: dict[int, _Holding] = self.__dict__["_holdings"]
+        own = self.__dict__
         if type(module).__call__ is not MODULE_CALL:
-            self.__dict__["_children_are_plain"] = False
-        if isinstance(module, Slots):
-            self.__dict__["_holds_nodes"] = True
-        if not isinstance(module, ContextModule) and id(module) not in holdings:
-            holding = holdings[id(module)] = _Holding(module)
+            own["_children_are_plain"] = False
+        if isinstance(module, ContextModule):
+            if isinstance(module, Slots):
+                own["_holds_nodes"] = True
+        elif id(module) not in own["_holdings"]:
+            holding = own["_holdings"][id(module)] = _Holding(module)
             holding.branch = ref(self)
 
     def has_slot_of(self, module: nn.Module) -> bool:

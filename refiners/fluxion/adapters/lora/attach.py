@@ -150,7 +150,7 @@ def attach(lora: Delta[Any], layer: nn.Module, parent: Chain, top: Chain | None 
         adapter.add_lora(lora)
         return adapter
     adapter = LoraAdapter(layer, lora)
-    adapter.is_shared = True
+    adapter.__dict__["is_shared"] = True  # past torch's `__setattr__`
     return adapter.inject(top or parent)
 
 

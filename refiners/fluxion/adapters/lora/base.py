@@ -67,8 +67,9 @@ class Lora(Delta[T], Generic[T]):
         if not weights["down"].tensor.is_meta:
             # Without a history, which takes less time than a block that keeps none, as in `torch.nn.init`.
             weights["down"].tensor.detach().normal_(std=1 / self.rank)
-            for role in weights.keys() & {"up", "up_bias"}:
-                weights[role].tensor.detach().zero_()
+            for role in ("up", "up_bias"):
+                if role in weights:
+                    weights[role].tensor.detach().zero_()
 
     def weights(self) -> dict[str, Weight]:
         down, up = islice(self.__dict__["_modules"].values(), 2)

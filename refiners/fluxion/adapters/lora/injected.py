@@ -25,6 +25,7 @@ from refiners.fluxion.adapters.weights import PathFinder, base_children, base_of
 from refiners.fluxion.layers.branch import holders_of
 from refiners.fluxion.layers.chain import Chain
 from refiners.fluxion.layers.factory import Factory
+from refiners.fluxion.layers.garbage import makes_no_garbage
 from refiners.fluxion.layers.journal import all_or_nothing
 from refiners.fluxion.layers.module import ContextModule
 from refiners.fluxion.selectors import Selection, path_expression, select
@@ -87,6 +88,7 @@ def inject_loras(
 ) -> LoraSet: ...
 
 
+@makes_no_garbage
 def inject_loras(where: Any, /, *given: Any, **settings: Any) -> LoraSet:
     """Give layers adapters, on their device, in their dtype and training mode; or change nothing, if anything fails.
 
@@ -343,7 +345,7 @@ def _by_layer(selection: Selection[nn.Module], problems: _Problems) -> list[tupl
 
 def _top(selection: Selection[nn.Module], layer: nn.Module, parents: list[Any]) -> Chain | None:
     """Where to adapt a layer that stands in several Chains. None: in its only one."""
-    if len({id(parent) for parent in parents}) == 1:
+    if all(parent is parents[0] for parent in parents):
         return None
     root = selection.root
     if not isinstance(root, Chain):
