@@ -4,11 +4,11 @@
     python -m parity_tests.explain_measured --count 400    more of them
     python -m parity_tests.explain_measured -v             each one that was not explained
 
-The faults are those of `refiners.parity.mutate`, which knows nothing of the diagnosis. A leaf is right when a path that
-is blamed (or named as a suspect beside it) is the node that was spoilt, lies inside it, or is the node that holds it
-where the fault is one of order among its children. A diagnosis is counted when it is told at the right leaf: most were
-run, so that both sides were seen to be equal there ("by a run"), the others follow from the values of both sides. It is
-wrong when one is told and none of those told is at the right leaf.
+The faults are those of `refiners.parity.mutants.mutate`, which knows nothing of the diagnosis. A leaf is right when a
+path that is blamed (or named as a suspect beside it) is the node that was spoilt, lies inside it, or is the node that
+holds it where the fault is one of order among its children. A diagnosis is counted when it is told at the right leaf:
+most were run, so that both sides were seen to be equal there ("by a run"), the others follow from the values of both
+sides. It is wrong when one is told and none of those told is at the right leaf.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from refiners.parity import Case, Lane, load_cases
 from refiners.parity.bits import same_bits
 from refiners.parity.explain import Explanation, explain_sides
 from refiners.parity.inputs import draw_inputs, place_inputs
-from refiners.parity.mutate import Bench, Mutant, bench
+from refiners.parity.mutants.mutate import Bench, Mutant, bench
 
 CASES = ("bert/tiny", "clip/text-l", "clip/image-l", "vit/tiny")
 LANE = Lane("float32")

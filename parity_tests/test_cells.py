@@ -1,4 +1,4 @@
-"""Every metamorphic cell of every tiny case; see `refiners.parity.metamorphic`. `refiners parity cells` runs them all.
+"""Every metamorphic cell of every tiny case, see `refiners.parity.cells`. `refiners parity cells` runs them all.
 
 Tracing a model takes torch seconds, so `compiled` runs here for a few cases only, one for each way through a family.
 """
@@ -6,7 +6,7 @@ Tracing a model takes torch seconds, so `compiled` runs here for a few cases onl
 import pytest
 
 from refiners.parity import Case, load_cases
-from refiners.parity.metamorphic import CELLS, check_cell, check_cells
+from refiners.parity.cells.metamorphic import CELLS, check_cell, check_cells
 
 CASES = {case.id: case for case in load_cases("parity_tests.cases")}
 TINY = [case for case in CASES.values() if case.weights is None and not case.id.endswith("-width")]

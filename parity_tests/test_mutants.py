@@ -11,10 +11,10 @@ import pytest
 
 from parity_tests.cases import autoencoder, bert, clip, lora, solvers, unet, vit
 from refiners.parity import Case, Lane
-from refiners.parity.equivalent import load_equivalents
 from refiners.parity.explain import explain_sides
-from refiners.parity.kills import Settings, hunt
-from refiners.parity.mutate import bench
+from refiners.parity.mutants.equivalent import load_equivalents
+from refiners.parity.mutants.kills import Settings, hunt
+from refiners.parity.mutants.mutate import bench
 
 EQUIVALENTS = load_equivalents(Path(__file__).parent / "equivalent.toml")
 ATTENTION = "TransformerLayer_1.AttentionResidual.SelfAttention.MaskedAttention"

@@ -160,7 +160,7 @@ def new_family(
     [cyan]refiners parity new vit --upstream transformers.ViTModel[/]
     [cyan]refiners parity new vit --upstream transformers.ViTModel --config '{"hidden_size": 32}'[/]
     """
-    from refiners.parity.new import new_family
+    from refiners.parity.drafts.new import new_family
 
     for path in new_family(family, upstream, config):
         typer.echo(path.relative_to(Path.cwd()))
@@ -199,7 +199,7 @@ def mutants(
     [cyan]refiners parity mutants bert --budget 60[/]
     [cyan]refiners parity mutants "bert/tiny::eps::Embeddings.LayerNorm"[/]
     """
-    from refiners.parity.kill_report import run_mutants
+    from refiners.parity.mutants.kill_report import run_mutants
 
     code = run_mutants(
         cases,
@@ -296,6 +296,6 @@ def run_cells(
     [cyan]refiners parity cells bert[/]
     [cyan]refiners parity cells clip --cells batch,padded[/]
     """
-    from refiners.parity.cell_report import run_cells
+    from refiners.parity.cells.cell_report import run_cells
 
     raise typer.Exit(run_cells(cases, keyword=only, cells=cells))

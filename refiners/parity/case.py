@@ -123,7 +123,7 @@ class Case:
     batch_axis: int | Mapping[str, int] | None = None
     """The axis of all input tensors that holds the items of the batch, or input → its axis, and the others belong to
     every item. Outputs hold them in axis 0, unless a single item has an output of the same shape, which is the same for
-    all. For `refiners.parity.metamorphic`, as are the next two."""
+    all. For `refiners.parity.cells.metamorphic`, as are the next two."""
     pad: Callable[[Inputs], Inputs] | None = None
     """Lengthens the inputs by padding behind them, hidden by their mask. What outputs have more is cut off again."""
     without_cells: Mapping[str, str] = field(default_factory=_no_strings)

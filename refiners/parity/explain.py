@@ -19,25 +19,25 @@ from torch import Tensor, nn
 
 from refiners.parity.again import command_of
 from refiners.parity.bits import same_bits
-from refiners.parity.borders import Lesson, places_in, without_borders, without_wholes
 from refiners.parity.case import Case
-from refiners.parity.causes import ONLY_ROUNDING
-from refiners.parity.diagnose import beyond_rounding
-from refiners.parity.dtype_faults import dtype_faults
-from refiners.parity.faults import Fault, told_once, without_consequences, without_rounding
 from refiners.parity.fingerprint import Values
-from refiners.parity.gradients import explain_gradients
-from refiners.parity.hypotheses import AS_UPSTREAM
 from refiners.parity.inputs import copy_for_one_side, draw_inputs, place_inputs
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leaves
-from refiners.parity.localise import Finding, Locator
 from refiners.parity.operations import Trace
 from refiners.parity.precision import look_at_precision
-from refiners.parity.rearranged import rearranged
+from refiners.parity.reasons.borders import Lesson, places_in, without_borders, without_wholes
+from refiners.parity.reasons.causes import ONLY_ROUNDING
+from refiners.parity.reasons.diagnose import beyond_rounding
+from refiners.parity.reasons.dtype_faults import dtype_faults
+from refiners.parity.reasons.faults import Fault, told_once, without_consequences, without_rounding
+from refiners.parity.reasons.gradients import explain_gradients
+from refiners.parity.reasons.hypotheses import AS_UPSTREAM
+from refiners.parity.reasons.localise import Finding, Locator
+from refiners.parity.reasons.rearranged import rearranged
+from refiners.parity.reasons.session import Fruitless, Session
+from refiners.parity.reasons.teacher import Point, Run, Teacher, Where
 from refiners.parity.runner import CaseRunner
-from refiners.parity.session import Fruitless, Session
-from refiners.parity.teacher import Point, Run, Teacher, Where
 from refiners.parity.torch_state import seed_torch
 from refiners.parity.trace import record
 

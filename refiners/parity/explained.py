@@ -6,14 +6,14 @@ from typing import Any
 from torch import nn
 
 from refiners.fluxion.layers.tree import ModuleTree
-from refiners.parity.alike import Alike, Look, alike
 from refiners.parity.case import Case
 from refiners.parity.explain import Explanation, explain
-from refiners.parity.faults import Fault
 from refiners.parity.lanes import Lane
 from refiners.parity.operations import Operation
+from refiners.parity.reasons.alike import Alike, Look, alike
+from refiners.parity.reasons.faults import Fault
+from refiners.parity.reasons.teacher import Where
 from refiners.parity.runner import CaseRunner
-from refiners.parity.teacher import Where
 from refiners.parity.time_limit import time_limit
 
 MAX_FAULTS = 10

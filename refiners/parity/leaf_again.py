@@ -17,8 +17,8 @@ from refiners.parity.fingerprint import Values
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings
 from refiners.parity.modules import named_modules
+from refiners.parity.reasons.teacher import Call, Point, Run, Teacher
 from refiners.parity.runner import CaseRunner
-from refiners.parity.teacher import Call, Point, Run, Teacher
 
 MAX_CALLS = 3
 

@@ -17,8 +17,8 @@ A mean says nothing about one element of many. So `ELEMENT_RATIO` bounds the wor
 multiple of upstream's worst. It is wider, because the largest of many errors is less steady than their mean.
 
 Measured by `python -m refiners.parity.rounding` (CPU, torch 2.13.0): four small models of three sizes, run in 18 ways
-that change nothing but the order of operations or the kernel (`refiners.parity.rewrites`), and in three wrong ways.
-The largest of all seeds, over all ways:
+that change nothing but the order of operations or the kernel (`refiners.parity.measured.rewrites`), and in three wrong
+ways. The largest of all seeds, over all ways:
 
     float64: error of any element      rewrites 2.7e-14     bound 1e-10     mistakes 4.3e-05
     ratio to upstream's error          outputs   gradients   one output   one element
@@ -167,6 +167,6 @@ def why_not_rounding(outputs: list[ErrorPair], gradients: list[ErrorPair], dtype
 
 
 if __name__ == "__main__":
-    from refiners.parity.rounding_measured import main
+    from refiners.parity.measured.rounding_measured import main
 
     main()

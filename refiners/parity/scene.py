@@ -1,4 +1,4 @@
-"""A case with both of its sides, ready to be run and changed: the stage of `refiners.parity.metamorphic`."""
+"""A case with both of its sides, ready to be run and changed: the stage of `refiners.parity.cells.metamorphic`."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum

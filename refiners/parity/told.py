@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from refiners.parity.alike import Alike, Look, alike
 from refiners.parity.explain import Explanation
 from refiners.parity.explained import plain
-from refiners.parity.faults import Fault
 from refiners.parity.operations import Operation
-from refiners.parity.teacher import Where
+from refiners.parity.reasons.alike import Alike, Look, alike
+from refiners.parity.reasons.faults import Fault
+from refiners.parity.reasons.teacher import Where
 
 _MOST_OPERATIONS = 3
 _LONGEST = 240

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.explain import explain_modules
 from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.reasons.causes import ONLY_ROUNDING
 from refiners.parity.weights import fill_informative
 from tests.refiners.parity.toys import explained_pair
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
 from refiners.errors import ParityError
-from refiners.parity import CaseRunner, Lane, teacher
+from refiners.parity import CaseRunner, Lane
 from refiners.parity.again import command_of
 from refiners.parity.explain import Explanation, explain, explain_modules
 from refiners.parity.explained import try_to_explain
 from refiners.parity.leaf_again import leaf_of_case
+from refiners.parity.reasons import teacher
 from tests.refiners.parity.toys import Port, Upstream, make_case
 
 

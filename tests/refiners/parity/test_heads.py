@@ -12,7 +12,7 @@ from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.fingerprint import Values
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.operations import Trace
-from refiners.parity.replay import as_it_is
+from refiners.parity.reasons.replay import as_it_is
 from refiners.parity.trace import record
 from refiners.parity.weights import fill_informative
 

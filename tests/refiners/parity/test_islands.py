@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refiners.parity import CaseRunner, Lane, Verdict
 from refiners.parity.islands import widened
-from refiners.parity.islands_measured import (
+from refiners.parity.measured.islands_measured import (
     REWRITES,
     Islands,
     NormByRoot,

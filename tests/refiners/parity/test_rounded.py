@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refiners.parity import diagnose
-from refiners.parity.causes import ONLY_ROUNDING
 from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.lanes import Lane, held_equal
+from refiners.parity.reasons import diagnose
+from refiners.parity.reasons.causes import ONLY_ROUNDING
 from refiners.parity.weights import fill_informative
 
 LANE = Lane("float32")

@@ -5,10 +5,11 @@ import torch
 
 from refiners.parity import rounding
 from refiners.parity.lanes import Lane
-from refiners.parity.measured_models import SUBJECTS, Convolutions, Subject
+from refiners.parity.measured.measured_models import SUBJECTS, Convolutions, Subject
+from refiners.parity.measured.rewrites import MISTAKES, REWRITES
+from refiners.parity.measured.rounding_measured import Setting, measure, plant, spoil_one_element
 from refiners.parity.pairing import Kind, Pair
 from refiners.parity.result import Verdict
-from refiners.parity.rewrites import MISTAKES, REWRITES
 from refiners.parity.rounding import (
     ENOUGH,
     ERROR_RATIO,
@@ -22,7 +23,6 @@ from refiners.parity.rounding import (
     why_not_rounding,
     worst_output_ratio,
 )
-from refiners.parity.rounding_measured import Setting, measure, plant, spoil_one_element
 from refiners.parity.verdict import compare, judge
 
 

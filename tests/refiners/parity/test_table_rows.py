@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refiners.parity import formula_operators
+from refiners.parity.mutants import formula_operators
 
 
 class Row(NamedTuple):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refiners.parity import edits
 from refiners.parity.fingerprint import Values
 from refiners.parity.operations import Operation
-from refiners.parity.replay import as_it_is, scalars, with_arguments, with_scalar
+from refiners.parity.reasons import edits
+from refiners.parity.reasons.replay import as_it_is, scalars, with_arguments, with_scalar
 from refiners.parity.trace import record
 
 X = torch.linspace(-1, 1, 2 * 8 * 6).view(2, 8, 6)

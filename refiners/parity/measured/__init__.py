@@ -1,0 +1,1 @@
+"""What the constants of the verifier rest on: right programs and wrong ones, run and counted."""
