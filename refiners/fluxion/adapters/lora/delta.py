@@ -73,7 +73,7 @@ class Delta(Chain, Generic[T]):
         # Past torch's `__setattr__`, which would take longer than to build a layer.
         self.__dict__.update(name=name, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, switch=Switch())
         super().__init__(*layers)
-        self._set_scale(scale)
+        self.scale = scale
         self.reset_parameters()
 
     # --- a method defines ------------------------------------------------------------------------------------------
@@ -158,9 +158,6 @@ class Delta(Chain, Generic[T]):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._set_scale(value)
-
-    def _set_scale(self, value: float) -> None:
         factor, scaling = self._factor, self._scaling_at(value)
         if factor.__dict__["scale"] != scaling or type(scaling) is not float:
             factor.scale = scaling
