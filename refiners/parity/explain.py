@@ -10,7 +10,8 @@ close count as equal, so that only what rounding cannot explain is left.
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings, weight_leaves
 from refiners.parity.operations import Trace
 from refiners.parity.precision import look_at_precision
-from refiners.parity.reasons.borders import Lesson, places_in, without_borders, without_wholes
+from refiners.parity.reasons.borders import Lesson, places_in, without_borders, without_parts, without_wholes
 from refiners.parity.reasons.causes import ONLY_ROUNDING
 from refiners.parity.reasons.diagnose import beyond_rounding
 from refiners.parity.reasons.dtype_faults import dtype_faults
@@ -37,6 +38,7 @@ from refiners.parity.reasons.localise import Finding, Locator
 from refiners.parity.reasons.rearranged import rearranged
 from refiners.parity.reasons.session import Fruitless, Session
 from refiners.parity.reasons.teacher import Point, Run, Teacher, Where
+from refiners.parity.reasons.wholes import crossed, is_clearer, wholes
 from refiners.parity.runner import CaseRunner
 from refiners.parity.torch_state import seed_torch
 from refiners.parity.trace import record
@@ -103,6 +105,7 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
         return found  # of no value, but of dtypes
     unclear = bool(found.rounded) or any(not fault.diagnosis for fault in found.faults)
     unclear = unclear or (len(found.faults) > MANY and any(f.diagnosis == ONLY_ROUNDING for f in found.faults))
+    unclear = unclear or len({fault.was_run for fault in found.faults}) > 1  # a consequence that is also rounded
     if not unclear or "float64" not in runner.case.lanes:
         return found
     known = fruitless.longer_than(LONG)
@@ -111,7 +114,7 @@ def explain(case: Case | CaseRunner, lane: Lane, *, seconds: float = 60.0) -> Ex
     count = "1 node differs" if len(found.faults) == 1 else f"{len(found.faults)} nodes differ"
     told = f"{count} in {lane.name}, {some} by more than rounding in float64"
     clearer = wide if wide.faults and len(wide.faults) <= len(found.faults) else found
-    if not wide.faults:
+    if all(fault.diagnosis == ONLY_ROUNDING for fault in wide.faults):
         found.faults = [replace(f, diagnosis=ONLY_ROUNDING) if _is_unclear(f) else f for f in found.faults]
     clearer.notes.append(told)
     return clearer
@@ -214,22 +217,29 @@ def explain_modules(
     ours, _ = record(upstream, run_upstream, values, read_views=True)
     free, _ = record(port, run_port, values)
     teacher = Teacher.listen(upstream, weight_leaves(upstream), run_upstream, values)
+    teacher.often = Counter(call.path for call in free.calls)
     wrong = _wrong_weights(port, right_weights or {})
-    lessons = [
-        _lesson(teacher, port, run_port, pairing, ours, wrong)
-        for pairing in pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
-    ]
+    offered = pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
+    lessons = [_lesson(teacher, port, run_port, pairing, ours, wrong) for pairing in offered]
+    if teacher.unread.settle(upstream, run_upstream, teacher.outputs, teacher.calls):
+        lessons = [_lesson(teacher, port, run_port, pairing, ours, wrong) for pairing in offered]
     best = min(lessons, key=lambda lesson: _burden(lesson[0], wrong))
 
     def again(pairing: Pairing) -> Lesson:
         return _lesson(teacher, port, run_port, pairing, ours, wrong)
+
+    def again_with(other: Teacher, pairing: Pairing) -> Lesson:
+        return _lesson(other, port, run_port, pairing, ours, wrong)
 
     if teacher.orders:
         teacher.orders.are_believed = False
         plain = again(best[2])
         teacher.orders.are_believed = _extent(best) < _extent(plain)
         best = best if teacher.orders.are_believed else plain
-    findings, points, pairing, forced = without_borders(without_wholes(best, again), ours.known(), again)
+    best = without_wholes(without_parts(best, ours, again), again)
+    best = without_borders(best, ours.known(), again)
+    teacher, best = _with_wholes(teacher, best, upstream, port, run_upstream, again_with)
+    findings, points, pairing, forced = best
     session = Session(
         upstream=upstream,
         port=port,
@@ -244,6 +254,7 @@ def explain_modules(
         fruitless=fruitless or Fruitless(),
     )
     session.start(points)
+    session.recorded.ahead = [one for finding in findings for one in (finding, *finding.others)]
     moved, findings = rearranged(findings, session)
     findings = [beyond_rounding(finding, session) if finding.others else finding for finding in findings]
     faults = [Fault(finding, text, was_run=True) for finding, text in moved]
@@ -305,6 +316,25 @@ def _lesson(
     wrong = [path for path in wrong_weights if path not in pairing]
     points += teacher.judge(outputs)
     return Locator(ours, trace, pairing, wrong).find(points), points, pairing, trace
+
+
+def _with_wholes(
+    teacher: Teacher,
+    lesson: Lesson,
+    upstream: nn.Module,
+    port: nn.Module,
+    run_upstream: Run,
+    again: Callable[[Teacher, Pairing], Lesson],
+) -> tuple[Teacher, Lesson]:
+    """Modules that hold the same weights are taught as well, where findings lead through them and less is left then."""
+    findings, _, pairing, trace = lesson
+    found = crossed(findings, trace, wholes(upstream, port, pairing))
+    if not found:
+        return teacher, lesson
+    more = {path: upstream.get_submodule(path) for path in found.values()}
+    other = teacher.with_wholes(found, upstream, more, run_upstream)
+    taught = again(other, pairing)
+    return (other, taught) if is_clearer(taught, lesson, found) else (teacher, lesson)
 
 
 def _wrong_weights(port: nn.Module, right: Mapping[str, Tensor]) -> list[str]:

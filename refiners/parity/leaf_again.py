@@ -18,6 +18,7 @@ from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.leaves import Pairing, keys_of_same, pairings
 from refiners.parity.modules import named_modules
 from refiners.parity.reasons.teacher import Call, Point, Run, Teacher
+from refiners.parity.reasons.wholes import wholes
 from refiners.parity.runner import CaseRunner
 
 MAX_CALLS = 3
@@ -54,7 +55,7 @@ def leaf_of_modules(
     """The same of any two modules, as `refiners.parity.explain.explain_modules` takes them."""
     run_upstream, run_port = warmed_up(run_upstream, run_port)
     found = pairings(upstream, port, keys_of_same(upstream, right_weights or {}))
-    pairing = next((p for p in found if path in p), None)
+    pairing = next((p for p in (*found, wholes(upstream, port, found[0])) if path in p), None)
     if pairing is None:
         raise ParityError(_no_such_leaf(path, port, found[0]))
     other = pairing[path]

@@ -3,6 +3,7 @@
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,12 +189,23 @@ def _gather(value: Any, found: list[Tensor]) -> None:
             _gather(item, found)
 
 
+@cache
+def facts_of(function: Any) -> tuple[str, bool, bool]:
+    """Of an operation of torch: its name, whether its results are views, whether it writes into its arguments.
+
+    A constant that is lifted into a model, as a tensor made of a list, is a value like others.
+    """
+    name = str(function)
+    return name.rsplit(".", 1)[0], function.is_view and "lift_fresh" not in name, bool(function._schema.is_mutable)
+
+
 def draws(function: Any) -> bool:
     """Whether an operation asks a generator. Attention could, for its dropout; here models are evaluated."""
     return torch.Tag.nondeterministic_seeded in function.tags and "scaled_dot_product" not in str(function)
 
 
 def floats_in(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
-    """The dtypes of the floating tensors that decide in which one torch computes."""
-    found = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return tuple(tensor.dtype for tensor in found if tensor.ndim) or tuple(tensor.dtype for tensor in found)
+    """The dtypes of the floating tensors that decide in which one torch computes; of complex ones, of their parts."""
+    found = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    deciding = [tensor for tensor in found if tensor.ndim] or found
+    return tuple(tensor.dtype.to_real() for tensor in deciding)

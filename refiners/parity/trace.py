@@ -31,11 +31,12 @@ from refiners.parity.operations import (
     Operation,
     Source,
     Trace,
+    facts_of,
     floats_in,
     taken_apart,
     tensors_in,
 )
-from refiners.parity.written import Cut, Whole, put_into, whole_of
+from refiners.parity.written import Cut, Whole, is_filled, put_into, whole_of
 
 _TORCH = str(Path(torch.__file__).parent)
 _TORCH_LAYERS = str(Path(_TORCH) / "nn" / "modules")
@@ -161,7 +162,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        name, is_view, is_mutable = _facts_of(func)
+        name, is_view, is_mutable = facts_of(func)
         given, template = taken_apart(args, kwargs)
         inputs = () if is_view else tuple(map(self.number_of, given))
         origin = self._origin()
@@ -178,7 +179,7 @@ class Tracer(TorchDispatchMode):
             outputs=(None,) * len(results),
             tensors=tuple((tensor.dtype, tuple(tensor.shape)) for tensor in given),
             given=floats_in(given),
-            made=results[0].dtype if results and results[0].is_floating_point() else None,
+            made=next(iter(floats_in(results[:1])), None),
             is_view=is_view,
             backward_of=origin.index if origin else None,
             function=func,
@@ -189,7 +190,7 @@ class Tracer(TorchDispatchMode):
         if is_view:
             self._take_view(operation, given[0], results)
             self._keep(operation.inputs, given)
-        elif "empty" in operation.name:
+        elif "empty" in name and not (self.read_views and is_filled(operation, results)):
             for tensor in results:  # what lies in memory by chance is no value
                 self._known(tensor).is_blank = True
         elif is_mutable:
@@ -215,7 +216,7 @@ class Tracer(TorchDispatchMode):
 
     def _whole(self, given: Sequence[Tensor]) -> Whole | None:
         """What the first tensor is a part of, before it is written to."""
-        base = whole_of(given[0]) if given else None
+        base = whole_of(given[0], self._known(given[0]).cut) if given else None
         if base is None or self._known(base).is_blank or self._known(base).is_weight:
             return None
         number = self.number_of(base)
@@ -311,12 +312,6 @@ class Tracer(TorchDispatchMode):
                 return Source(code.co_filename, frame.f_lineno)
             frame = frame.f_back
         return fallback
-
-
-@cache
-def _facts_of(function: Any) -> tuple[str, bool, bool]:
-    """Of an operation of torch: its name, whether its results are views, whether it writes into its arguments."""
-    return str(function).rsplit(".", 1)[0], bool(function.is_view), bool(function._schema.is_mutable)
 
 
 @cache

@@ -67,7 +67,10 @@ class Orders:
             guess: the tensor in the shape of the other one, as it most often comes there.
         """
         pair = tensor.shape, other.shape
-        if not self.are_believed or pair in self._known or not tensor.is_floating_point():
+        if not self.are_believed or pair in self._known:
+            return
+        if not tensor.is_floating_point():
+            self._look_at_whole_numbers(tensor, other, guess)
             return
         self._looks[pair] += 1
         held = _likeness(guess, other) if self._looks[pair] <= MOST_LOOKS else 1.0
@@ -77,6 +80,17 @@ class Orders:
         found = {order: _likeness(order.of(tensor, other.shape), other) for order in orders(*pair)}
         best = max(found, key=lambda order: found[order], default=None)
         if best is not None and found[best] - held > (1 - held) * CLEARLY / math.sqrt(other.numel()):
+            self._known[pair] = best
+            self._known[other.shape, tensor.shape] = best.back()
+
+    def _look_at_whole_numbers(self, tensor: Tensor, other: Tensor, guess: Tensor) -> None:
+        """Ids are equal or say nothing: one that is further is no more like another one."""
+        if tensor.dtype != other.dtype or torch.equal(guess, other):
+            return
+        pair = tensor.shape, other.shape
+        found = (order for order in orders(*pair) if torch.equal(order.of(tensor, other.shape), other))
+        best = next(found, None)
+        if best is not None:
             self._known[pair] = best
             self._known[other.shape, tensor.shape] = best.back()
 

@@ -5,6 +5,7 @@ of a module around the other: it owns a codebook and looks for the nearest row, 
 a row; it normalises the weights of a convolution and convolves.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from refiners.parity.leaves import Pairing
@@ -35,6 +36,25 @@ def without_borders(lesson: Lesson, known: set[int], again: Callable[[Pairing], 
         if (saved > 1 and all(finding.key in keys for finding in other[0])) or (saved > 0 and is_unfinished):
             lesson = other
     return lesson
+
+
+def without_parts(lesson: Lesson, upstream: Trace, again: Callable[[Pairing], Lesson]) -> Lesson:
+    """Leaves are left out that run once for each part of what upstream's leaf is given in one, or the reverse.
+
+    Upstream may join the rows and the columns of a picture for one convolution, where the port runs it twice.
+    """
+    findings, points, pairing, trace = lesson
+    here = Counter(call.path for call in trace.calls)
+    there = Counter(call.path for call in upstream.calls)
+    parted = {
+        point.port
+        for point in points
+        if point.port in pairing and point.is_other_size and here[point.port] != there[pairing[point.port]]
+    }
+    if not parted:
+        return lesson
+    other = again({path: leaf for path, leaf in pairing.items() if path not in parted})
+    return other if places_in(other[0]) < places_in(findings) else lesson
 
 
 def without_wholes(lesson: Lesson, again: Callable[[Pairing], Lesson]) -> Lesson:

@@ -33,6 +33,7 @@ NUMBERS = (1e4, 1e5, 5e5, 1e6, 1e3, 5e3, 0.5, 1.0, 2.0, 0.0, 1e-5, 1e-6, 1e-8, 1
 DEEPEST = 4
 MOST_TRIED = 600
 MOST_LEAVES = 8
+MOST_NUMBERS = 4
 EXTRA = " (a residual too much)"
 UNKNOWN = "a value"
 """Of what has no name."""
@@ -365,7 +366,7 @@ def name_of_value(program: Program, number: object, depth: int = DEEPEST) -> str
         if before in program.names:
             return f"`{program.names[before]}`"
         paths = {call.path for call in program.trace.calls if call.path}
-        return flow.origin(program.trace, number, paths) or UNKNOWN
+        return flow.origin(program.trace, number, paths) or _constant(program, number)
     if depth == 0:
         return "…"
     operation = found[0]
@@ -373,6 +374,12 @@ def name_of_value(program: Program, number: object, depth: int = DEEPEST) -> str
         return name_of_value(program, operation.inputs[0], depth)
     inner = [_laid_out(program, operation, n) or name_of_value(program, n, depth - 1) for n in operation.inputs]
     return f"{flow.name_of(operation)}({', '.join([*inner, *_plain(operation)])})"
+
+
+def _constant(program: Program, number: int) -> str:
+    given = program.given.get(number)
+    few = [] if given is None or given.numel() > MOST_NUMBERS else [round(float(n), 4) for n in given.flatten()]
+    return f"the numbers {few}" if few else UNKNOWN
 
 
 def _before_moves(program: Program, number: int) -> int:

@@ -24,7 +24,8 @@ from refiners.parity.reasons import candidates, flow, orders, sources, turning, 
 from refiners.parity.reasons.candidates import Candidate, name_of_value, residual
 from refiners.parity.reasons.hypotheses import ACTIVATIONS
 from refiners.parity.reasons.in_place import instead, instead_of_line, not_given
-from refiners.parity.reasons.layout import laid_out
+from refiners.parity.reasons.layout import in_another_shape, laid_out, laid_out_in_bits
+from refiners.parity.reasons.masks import diagonals
 from refiners.parity.reasons.mending import first_that_mend, is_alike, pointer
 from refiners.parity.reasons.replay import (
     Change,
@@ -74,6 +75,9 @@ def why(
         if not (port.is_faithful() and upstream.is_faithful()):
             return "", ()
         port, upstream = with_one_table(port, upstream)
+        told = in_another_shape(port, upstream)
+        if told:
+            return told, port.operations[-1:]
         if is_rounding_of_float32(port, upstream):
             return _bitwise(port, upstream) or (ONLY_ROUNDING if is_rounding(port, upstream) else ""), ()
         trial = Trial(port, upstream)
@@ -81,7 +85,7 @@ def why(
             is_far = not is_same(port.sketches[port.root], upstream.sketches[upstream.root], times=FAR)
     except Exception:  # an operation that does not take float64, or a value that was not seen
         return "", ()
-    searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), _laid_out_in_bits, pointer)
+    searches = (pointer,) if only_point else (_why, *([_coarsely] if is_far else []), laid_out_in_bits, pointer)
     for search in searches:
         try:
             with limited(until, SECONDS if search is _why else SECONDS / 3):
@@ -89,7 +93,7 @@ def why(
         except Exception:  # the same, or the end of the time
             told = ""
         if told:
-            return told, () if search in (pointer, _laid_out_in_bits) else trial.touched
+            return told, () if search in (pointer, laid_out_in_bits) else trial.touched
     return "", ()
 
 
@@ -97,13 +101,6 @@ def _coarsely(trial: Trial) -> str:
     """Why, where one side holds in float32 what the other one computes in float64."""
     with coarsely():
         return _why(trial)
-
-
-def _laid_out_in_bits(trial: Trial) -> str:
-    """Why, where one side starts from what the other computes, so that float64 cannot tell: the bits are equal."""
-    port, upstream = trial.port, trial.upstream
-    with natively():
-        return next((one.text for one in laid_out(port) if makes_bits(port, one.making(port, upstream), upstream)), "")
 
 
 def is_rounding(port: Program, upstream: Program) -> bool:
@@ -133,7 +130,7 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     if is_rounding(trial.port, trial.upstream):
         return ""
     port = trial.port
-    read = candidates.bases(port, trial.upstream), sources.cuts(port)
+    read = candidates.bases(port, trial.upstream), sources.cuts(port), sources.reversed_pieces(port)
     known = itertools.chain(*read, candidates.bounds(port), candidates.outer(port))
     told = _tried(lambda: _first(trial, known) or _activation(trial))
     if not told and _tried(lambda: _first(trial, candidates.exchanged(trial.port))):
@@ -143,7 +140,8 @@ def _why(trial: Trial, *, is_part: bool = False) -> str:
     found = [one for one in unlike.differences(trial.port, trial.upstream) if not _is_a_move(one)]
     is_plain = "instead" not in {one.kind for one in found}
     told = _tried(lambda: (_told(trial, found) if is_plain else "") or _alternatives(trial, _of_leaves(trial)))
-    told = told or _tried(lambda: _first(trial, laid_out(port)) or _first(trial, scaled(port)))
+    told = told or _tried(lambda: _first(trial, itertools.chain(laid_out(port), scaled(port), diagonals(port))))
+    told = told or _tried(lambda: _alternatives(trial, sources.readings(port, trial.upstream)))
     pairs = [] if told or is_part else first_that_mend(trial)
     try:
         told = told or _tried(lambda: not_given(trial, [*pairs, (trial.port.root, trial.upstream.root)]))
@@ -241,7 +239,8 @@ def _changed(trial: Trial) -> str:
     )
     told = _first(trial, candidates.tiled(trial.port)) or _alternatives(trial, candidates.changed(trial.port, upstream))
     told = told or _first(trial, candidates.signs(trial.port, made=True))
-    told = told or _alternatives(trial, sources.residuals(trial.port, trial.upstream))
+    for some in (sources.residuals, sources.steps):
+        told = told or _alternatives(trial, some(trial.port, trial.upstream))
     told = told or _alternatives(trial, sources.windows(trial.port))
     theirs = (candidates.outer(trial.upstream), candidates.changed(trial.upstream, port))
     joined, there = ((replace(one, text=_of_upstream(one.text)) for one in some) for some in theirs)

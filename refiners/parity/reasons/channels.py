@@ -52,7 +52,7 @@ def _axes(tensor: Tensor, other: Tensor) -> tuple[int, ...]:
     if tensor.shape == other.shape or tensor.ndim != other.ndim or tensor.ndim < 3 or tensor.dtype != other.dtype:
         return ()
     rest = tuple(range(2, tensor.ndim))
-    orders = ((0, *rest, 1), (0, rest[-1], 1, *rest[:-1]))
+    orders = ((0, *rest, 1), (0, rest[-1], 1, *rest[:-1]), (1, 0, *rest))
     return next((axes for axes in orders if [tensor.shape[axis] for axis in axes] == list(other.shape)), ())
 
 

@@ -20,10 +20,14 @@ from refiners.parity.reasons.localise import Finding
 from refiners.parity.reasons.missing import is_all_that_lacks
 from refiners.parity.reasons.replay import Program, needed
 from refiners.parity.reasons.session import Lines, Session
+from refiners.parity.reasons.unwritten import reads_unwritten, unwritten
 from refiners.parity.reasons.weight_faults import how_weights_differ
 
 MOST_PIECES = 6
 MOST_PLACES = 6
+FEW_ULP = 1 << 12
+"""Of a difference that may be one of rounding: float64 is asked whether it is."""
+OF_BITS = " (this gives upstream's bits: in float64 both are equal within rounding)"
 MOST_ROUNDED = 3
 """Findings that differ by rounding alone for which hypotheses are tried."""
 
@@ -51,11 +55,15 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if by_values.is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (by_values.wired(finding, session), False)
-    programs = _programs(finding, session) if session.fruitless.rounded >= MOST_ROUNDED else None
+    is_blank = reads_unwritten(finding)
+    programs = _programs(finding, session) if is_blank or session.fruitless.rounded >= MOST_ROUNDED else None
+    told = unwritten(*programs) if programs is not None and is_blank else ""
+    if told:
+        return told, False
     is_rounding = programs is not None and causes.is_rounding_of_float32(*programs)
     found = None if is_rounding else by_hypothesis(finding, session)
     if session.is_late() or (found and not found.is_vague):
-        return (found.text if found else ""), bool(found)
+        return (_told(found.text, finding, session) if found else ""), bool(found)
     vague = found.text if found else ""
     programs = programs or _programs(finding, session)
     told = by_values.repeated(finding, session) or (_cause(*programs, finding, session) if programs else "")
@@ -63,6 +71,18 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if vague and not told:
         return vague, True
     return told or by_values.by_data_flow(finding, session), False
+
+
+def _told(text: str, finding: Finding, session: Session) -> str:
+    """A hypothesis that held, and whether it only gives other bits."""
+    worst = finding.point.worst
+    programs = None
+    if worst is not None and worst.ulp is not None and worst.ulp <= FEW_ULP:
+        programs = _programs(finding, session)
+    try:
+        return f"{text}{OF_BITS}" if programs is not None and causes.is_rounding(*programs) else text
+    except Exception:  # an operation that does not take float64
+        return text
 
 
 def by_hypothesis(finding: Finding, session: Session) -> Hypothesis | None:

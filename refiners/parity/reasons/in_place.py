@@ -43,7 +43,8 @@ def instead(trial: Trial, here: int, there: int) -> str:
     told = turning.layouts(trial, [(here, there)]) or reordered(trial, here, there)
     if told:
         return told
-    if here == port.root and there == upstream.root and ours and theirs and len(ours) + len(theirs) > LONGEST // 2:
+    is_whole = here == port.root and there == upstream.root and ours and theirs
+    if is_whole and len(theirs) > 1 and len(ours) + len(theirs) > LONGEST // 2:
         return ""
     if _is_in_root(upstream.part(there)) and _is_in_root(port.part(here)) is False:
         return f"when eps is added before the root is taken, as upstream at {theirs[-1].source}, not behind it"

@@ -1,7 +1,7 @@
 """Changes of how values are laid out: axes that are joined or cut, the side of a padding and what it holds."""
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,15 +10,78 @@ from torch.nn import functional
 from refiners.parity.operations import Operation
 from refiners.parity.reasons import flow
 from refiners.parity.reasons.candidates import Candidate, everywhere, groups, with_value
-from refiners.parity.reasons.replay import Change, Program
+from refiners.parity.reasons.replay import Change, Edit, Program, is_close, makes_bits, natively
+from refiners.parity.reasons.sources import rearrangements
+from refiners.parity.reasons.trial import Making, Trial, Varies
+from refiners.parity.reasons.ways import gives_shape, made_of
 
 
 def laid_out(program: Program) -> Iterator[Candidate]:
     """Two axes are exchanged before they are joined, or one is cut in the other order; a padding is another one."""
+    yield from _tabled(program)
     yield from _joined(program)
     yield from _cut(program)
+    yield from _joined_in_order(program)
     yield from _padded(program)
     yield from _padded_with(program)
+
+
+def _tabled(program: Program) -> Iterator[Candidate]:
+    """Cosines and sines stand in another order, all of them: each twice for its two neighbours, or all once more."""
+    tables: dict[torch.Size, list[int]] = {}
+    varies = Varies(program)
+    for number, value in program.values.items():
+        source = program.trace_made.get(made_of(number, program.trace_made, gives_shape))
+        if source is not None and source.name in ("aten.cos", "aten.sin") and value.ndim > 1 and not varies(number):
+            tables.setdefault(value.shape, []).append(number)
+    for shape, numbers in tables.items():
+        for words, change in rearrangements(program.values[numbers[0]]):
+            told = f"{words}{_twice(program.values[numbers[0]], change)}"
+            text = f"when in the tables of cosines and sines, {list(shape)}, {told}"
+            yield Candidate(text, _at_values(dict.fromkeys(numbers, change)), ("tables", shape))
+
+
+def _twice(held: Tensor, change: Callable[[Tensor], Tensor]) -> str:
+    """What another order means, where each angle is there twice."""
+    right = change(held)
+    if _is_repeated(held) and _is_doubled(right):
+        return ": each angle twice, as 0 0 1 1 (`repeat_interleave`), not all of them once more, as 0 1 0 1"
+    if _is_doubled(held) and _is_repeated(right):
+        return ": all angles once more, as 0 1 0 1, not each of them twice, as 0 0 1 1 (`repeat_interleave`)"
+    return ""
+
+
+def _is_repeated(table: Tensor) -> bool:
+    return torch.equal(*table.chunk(2, -1))
+
+
+def _is_doubled(table: Tensor) -> bool:
+    return torch.equal(table[..., ::2], table[..., 1::2])
+
+
+def _at_values(changes: dict[int, Callable[[Tensor], Tensor]]) -> Making:
+    return lambda port, upstream: Edit(values=changes)
+
+
+def laid_out_in_bits(trial: Trial) -> str:
+    """Why, where one side starts from what the other computes, so that float64 cannot tell: the bits are equal."""
+    port, upstream = trial.port, trial.upstream
+    with natively():
+        return next((one.text for one in laid_out(port) if makes_bits(port, one.making(port, upstream), upstream)), "")
+
+
+def in_another_shape(port: Program, upstream: Program) -> str:
+    """In words that both sides make the same numbers in the same order, and the port in another shape; "" if not."""
+    here, there = port.values[port.root], upstream.values[upstream.root]
+    lengths = [[size for size in value.shape if size > 1] for value in (here, there)]
+    is_picture = here.ndim == there.ndim > 3 and here.shape[:2] == there.shape[:2]  # tokens may be one axis or several
+    if not is_picture or lengths[0] == lengths[1] or not port.operations:
+        return ""
+    if here.numel() != there.numel() or not is_close(here.flatten(), there.flatten()):
+        return ""
+    last = port.operations[-1]
+    at = f" at {last.source}" if last.source else ""
+    return f"when what `{flow.name_of(last)}`{at} makes has the shape {list(there.shape)}, not {list(here.shape)}"
 
 
 def _views(program: Program) -> Iterator[tuple[list[Operation], tuple[int, ...], tuple[int, ...]]]:
@@ -74,6 +137,27 @@ def _cut_as(axis: int, sizes: list[int]) -> Change:
     return lambda operation, given: torch.unflatten(given[0], axis, sizes).transpose(axis, axis + 1).contiguous()
 
 
+def _joined_in_order(program: Program) -> Iterator[Candidate]:
+    """Two or three tensors that are joined stand in another order."""
+    for group in groups(program):
+        first = group[0]
+        count = len(first.inputs) if first.name == "aten.cat" else 0
+        for order in itertools.permutations(range(count)) if count in (2, 3) else ():
+            if order != tuple(range(count)):
+                at = f" at {first.source}" if first.source else ""
+                text = f"when in `cat`{at} the tensors stand in the order {[place + 1 for place in order]}"
+                yield Candidate(text, everywhere(group, _in_order(order)), ("cat", str(first.source), order))
+
+
+def _in_order(order: Sequence[int]) -> Change:
+    def change(operation: Operation, given: list[Tensor]) -> object:
+        arguments, options = operation.template
+        axis = arguments[1] if len(arguments) > 1 else options.get("dim", 0)
+        return torch.cat([given[place] for place in order], axis)
+
+    return change
+
+
 _KINDS = {
     "replicate": "repeats the edge (`replicate`)",
     "reflect": "is a mirror of what is inside (`reflect`)",
@@ -118,7 +202,7 @@ def _padded(program: Program) -> Iterator[Candidate]:
         if operation.name == "aten.constant_pad_nd":
             sizes.setdefault(tuple(operation.template[0][1]), []).append(operation)
     for size, group in sizes.items():
-        other = list(chain.from_iterable((size[i + 1], size[i]) for i in range(0, len(size), 2)))
+        other = list(itertools.chain.from_iterable((size[i + 1], size[i]) for i in range(0, len(size), 2)))
         if other != list(size):
             text = (
                 f"when in `{flow.name_of(group[0])}` at {group[0].source} `pad` is {other}, not {list(size)}, "

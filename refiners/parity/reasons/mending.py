@@ -100,13 +100,14 @@ def operations_of(trial: Trial, pairs: Sequence[tuple[int, int]]) -> tuple[list[
 _REDUCES = frozenset({"aten.mean", "aten.sum", "aten.var_mean", "aten._softmax", "aten.amax"})
 
 
-def _reductions(port: Sequence[Operation], upstream: Sequence[Operation]) -> str:
-    """How many values both sides take a mean of, where they are not as many."""
-    ours, theirs = ({op.name: _reduced(op) for op in reversed(ops) if op.name in _REDUCES} for ops in (port, upstream))
-    apart = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    return "".join(
-        f"; `{name.removeprefix('aten.')}` is of {theirs[name]} values, here of {ours[name]}" for name in apart
-    )
+def reductions(port: Sequence[Operation], upstream: Sequence[Operation]) -> str:
+    """How many values both sides take a mean of, where they are not as many; nothing where either takes several."""
+    told = ""
+    for name in sorted(_REDUCES):
+        ours, theirs = ({_reduced(op) for op in ops if op.name == name} for ops in (port, upstream))
+        if len(ours) == len(theirs) == 1 and ours != theirs:
+            told += f"; `{name.removeprefix('aten.')}` is of {theirs.pop()} values, here of {ours.pop()}"
+    return told
 
 
 def _reduced(operation: Operation) -> int:
@@ -126,7 +127,7 @@ def pointer(trial: Trial) -> str:
         return ""
     made = f"what `{flow.name_of(theirs[-1])}` at {theirs[-1].source}{POINTS}"
     told = f"when what `{flow.name_of(ours[-1])}` at {ours[-1].source} makes is {made}"
-    return f"{told}{_reductions(ours, theirs)}"
+    return f"{told}{reductions(ours, theirs)}"
 
 
 def _coarse_pairs(trial: Trial) -> list[tuple[int, int]]:

@@ -204,6 +204,8 @@ def as_it_is(operation: Operation, given: list[Tensor]) -> Any:
 
 def with_arguments(operation: Operation, template: Any, given: list[Tensor]) -> Any:
     """An operation with other arguments."""
+    if operation.before is not None:
+        given = tensors_in(as_it_is(operation.before, given))
     function, own = operation.function, _own(operation, given)
 
     def put(slot: Slot) -> Tensor:
@@ -280,12 +282,19 @@ def needed(operations: Sequence[Operation], root: int) -> set[int]:
 
 def can_run(operations: Sequence[Operation]) -> bool:
     """Whether operations give the same once more, and are few and small enough."""
-    elements = 0
-    for operation in operations:
-        if draws(operation.function) or operation.before is not None:
-            return False
-        elements += sum(torch.Size(shape).numel() for _, shape in operation.tensors)
-    return elements <= MOST_ELEMENTS
+    if any(draws(operation.function) or _has_parts(operation.before) for operation in operations):
+        return False
+    return elements_of(operations) <= MOST_ELEMENTS
+
+
+def _has_parts(before: Operation | None) -> bool:
+    """Whether a view is of one of several pieces, and nobody noted of which."""
+    return before is not None and (len(before.outputs) > 1 or _has_parts(before.before))
+
+
+def elements_of(operations: Sequence[Operation]) -> int:
+    """How many numbers operations read."""
+    return sum(torch.Size(shape).numel() for operation in operations for _, shape in operation.tensors)
 
 
 # Arguments that are no tensors

@@ -11,9 +11,9 @@ from refiners.parity.leaves import Pairing
 from refiners.parity.operations import Operation, Trace
 from refiners.parity.reasons.channels import in_one_layout
 from refiners.parity.reasons.localise import Finding
-from refiners.parity.reasons.replay import Program, can_run, needed
+from refiners.parity.reasons.recorded import Asked, Recorded
+from refiners.parity.reasons.replay import Program, needed
 from refiners.parity.reasons.teacher import Point, Run, Teacher
-from refiners.parity.reasons.ways import made_by, moved_from
 from refiners.parity.trace import record
 
 Lines = tuple[str, ...]
@@ -55,6 +55,7 @@ class Session:
     fruitless: Fruitless = field(default_factory=Fruitless)
     cause_at: list[str] = field(default_factory=list[str])
     """The paths of the operations at which the last cause is; none where that is not known."""
+    recorded: Recorded = field(default_factory=Recorded)
     settled: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
     """The places that came right with the last hypothesis that held."""
     _disagreeing: set[tuple[str, str, int]] = field(default_factory=set[tuple[str, str, int]])
@@ -68,42 +69,39 @@ class Session:
 
     def programs(self, finding: Finding) -> tuple[Program, Program] | None:
         """How the port and upstream make the value that differs, ready to be run again; None where they cannot be."""
+        asked = Asked.by(finding)
+        if asked is None or self.run_upstream is None:
+            return None
+        kept = self.recorded.values(asked, self._of_upstream, self._of_port)
         ours, theirs = finding.port_region, finding.region
-        if finding.actual is None or finding.expected is None or self.run_upstream is None:
-            return None
-        if not (ours or theirs) or finding.actual < 0 or not can_run((*ours, *theirs)):
-            return None
-        starts = needed(ours, finding.actual)
-        right = {wrong: one for wrong, one in finding.carried.items() if wrong in starts}
-        before = list(moved_from(finding.expected, made_by(theirs)))
-        wanted = starts | needed(theirs, finding.expected) | {*before, *right.values()}
-        kept: dict[int, Tensor] = {}
-        record(self.upstream, self.run_upstream, self.teacher.values, read_views=True, keep=wanted, kept=kept)
-
-        def forced() -> Mapping[str, Tensor]:
-            with self.teacher.forcing(self.port, self.pairing, []):
-                return self.run_port()
-
-        record(
-            self.port,
-            forced,
-            self.teacher.values,
-            read_views=True,
-            keep={*wanted, finding.actual} - kept.keys(),
-            kept=kept,
-        )
         learnt = frozenset(number for model in (self.port, self.upstream) for number, _ in self._parameters(model))
-        expected = self.teacher.orders.same(kept[finding.actual], {number: kept[number] for number in before})
+        expected = self.teacher.orders.same(kept[asked.actual], {number: kept[number] for number in asked.before})
         made: list[Program] = []
         for model, trace, operations, root in (
-            (self.port, self.port_trace, ours, finding.actual),
+            (self.port, self.port_trace, ours, asked.actual),
             (self.upstream, self.upstream_trace, _until(expected, theirs), expected),
         ):
             given = {number: kept[number] for number in needed(operations, root)}
             names = dict(self._held(model))
             made.append(Program(trace, operations, root, given, names, learnt, kept.get(root)))
         ours_made = in_one_layout(*made)
-        return ours_made.starting_from({wrong: kept[one] for wrong, one in right.items()}), made[1]
+        return ours_made.starting_from({wrong: kept[one] for wrong, one in asked.right.items()}), made[1]
+
+    def _of_upstream(self, numbers: set[int]) -> dict[int, Tensor]:
+        kept: dict[int, Tensor] = {}
+        run = self.run_upstream or dict[str, Tensor]
+        record(self.upstream, run, self.teacher.values, read_views=True, keep=numbers, kept=kept)
+        return kept
+
+    def _of_port(self, numbers: set[int]) -> dict[int, Tensor]:
+        kept: dict[int, Tensor] = {}
+
+        def forced() -> Mapping[str, Tensor]:
+            with self.teacher.forcing(self.port, self.pairing, []):
+                return self.run_port()
+
+        record(self.port, forced, self.teacher.values, read_views=True, keep=numbers, kept=kept)
+        return kept
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[int, str]]:
         return ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_parameters())

@@ -123,7 +123,11 @@ def redrawn(port: Program, upstream: Program) -> tuple[Program, Program] | None:
     fresh = {
         number: _moved(tensor)
         for number, tensor in given.items()
-        if tensor.is_floating_point() and varies(number) and number not in port.made and number not in upstream.made
+        if tensor.is_floating_point()
+        and varies(number)
+        and number not in port.made
+        and number not in upstream.made
+        and not bool((tensor == 1).all())  # as e to the power of 0 is
     }
     if not fresh:
         return None

@@ -17,7 +17,7 @@ from refiners.parity.reasons.replay import Program, is_same
 _COMMUTES = frozenset({"aten.add", "aten.mul", "aten.maximum", "aten.minimum"})
 _JOINS = frozenset({"aten.cat", "aten.stack"})
 _MOVES = frozenset(
-    {"clone", "contiguous", "_unsafe_view", "view", "expand", "_to_copy", "unsqueeze", "squeeze", "alias"}
+    {"clone", "contiguous", "_unsafe_view", "view", "expand", "_to_copy", "unsqueeze", "squeeze", "alias", "lift_fresh"}
 )
 """Operations that say nothing by themselves: a value of another shape, in the same order."""
 
@@ -161,7 +161,7 @@ def plain_arguments(operation: Operation) -> dict[str, object]:
 
 def is_move(operation: Operation) -> bool:
     """Whether an operation gives the same numbers in the same order."""
-    return operation.name.removeprefix("aten.") in _MOVES
+    return _MOVES.issuperset(operation.name.removeprefix("aten.").split(" → "))
 
 
 def _price(operation: Operation, price: float) -> float:

@@ -182,3 +182,50 @@ def test_a_trace_runs_again_to_what_was_written_part_by_part() -> None:
             number = made[number].inputs[0]
     assert names[1:] == ["select_scatter", "as_strided_scatter", "slice_scatter", "select_scatter"]
     assert torch.equal(outputs["y"], model(X))
+
+
+class Blank(nn.Module):
+    """Pairs of neighbours are turned into a tensor that holds nothing yet, and lies in memory in another order."""
+
+    is_flipped = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).transpose(1, 2).contiguous().transpose(1, 2)
+        one, two, waves = x[..., ::2], x[..., 1::2], torch.arange(4).to(x.dtype)
+        whole = torch.empty_like(x)
+        whole[..., ::2] = one * waves.cos() - two * waves.sin()
+        whole[..., 1::2] = two * waves.cos() + (-one if self.is_flipped else one) * waves.sin()
+        return self.down(whole)
+
+
+def test_a_trace_runs_again_to_what_was_written_into_an_empty_tensor() -> None:
+    model = Blank()
+    with torch.no_grad():
+        trace, _ = record(model, lambda: {"y": model(X)}, Values(), read_views=True)
+    made = [op.name.removeprefix("aten.") for op in trace.operations]
+    assert made.count("slice_scatter") == 2
+    assert "full_like" in made
+    assert "empty_like" not in made
+
+
+class Stacked(Blank):
+    """Upstream's of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        waves = torch.arange(4).to(x.dtype).repeat_interleave(2)
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        return self.down(x * waves.cos() + turned * waves.sin())
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_what_is_wrong_in_a_tensor_that_is_filled_part_by_part_is_named(is_flipped: bool) -> None:
+    port = Blank()
+    port.is_flipped = is_flipped
+    told = [fault.diagnosis for fault in explained(Stacked(), port, Lane("float64")).faults]
+    assert len(told) == is_flipped
+    assert all("neg" in one or "sign" in one for one in told)

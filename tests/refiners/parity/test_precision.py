@@ -392,3 +392,39 @@ def test_a_cast_outside_of_all_modules_counts_too() -> None:
     result = result_of(make_case(run_port=with_cast_outside), "float32")
     assert MESSAGE in result.reason
     assert "no module" in result.reason
+
+
+TURN = torch.polar(torch.ones(4, dtype=torch.float64), torch.linspace(0.3, 1.7, 4, dtype=torch.float64))
+
+
+class Turned(Upstream):
+    """Pairs of numbers turned by angles in float64: as complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(self.up(self.norm_1(x)).float().unflatten(-1, (4, 2))) * TURN
+        return self.down(self.norm_2(torch.view_as_real(turned).flatten(-2).to(x.dtype) * 3.0))
+
+
+class TurnedByHand(Upstream):
+    """The same with their two parts, in another order, so that bits differ on the way."""
+
+    wide = torch.float64
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (self.up(self.norm_1(x)) * 3.0).float().unflatten(-1, (4, 2)).unbind(-1)
+        cos, sin = TURN.real.to(self.wide), TURN.imag.to(self.wide)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+        return self.down(self.norm_2(turned.flatten(-2).to(x.dtype)))
+
+
+class TurnedInFloat32(TurnedByHand):
+    """In a narrower dtype."""
+
+    wide = torch.float32
+
+
+def test_complex_numbers_compute_in_the_dtype_of_their_parts() -> None:
+    right = result_of(make_case(TurnedByHand, upstream=Turned), "float32")
+    wrong = result_of(make_case(TurnedInFloat32, upstream=Turned), "float32")
+    assert not any(MESSAGE in reason for reason in right.reasons)
+    assert any(MESSAGE in reason for reason in wrong.reasons)

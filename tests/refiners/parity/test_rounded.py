@@ -75,3 +75,36 @@ def test_a_fault_behind_many_that_differ_by_rounding_is_told(searched: list[str]
     (fault,) = explained(*[OtherOrder] * LAYERS, OtherGate).faults
     assert fault.finding.port == searched[-1] == str(LAYERS)
     assert "sigmoid" in fault.diagnosis
+
+
+class Thirds(Layer):
+    """Upstream of the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * (1 / 3))
+
+
+class Divided(Layer):
+    """The same but for its bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) / 3)
+
+
+class Halved(Layer):
+    """Another number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) / 2)
+
+
+@pytest.mark.parametrize(("port", "is_of_bits"), [(Divided, True), (Halved, False)])
+def test_what_only_gives_upstreams_bits_is_told_to_be_that(port: type[Layer], is_of_bits: bool) -> None:
+    with held_equal(LANE):
+        upstream, other = Thirds().eval(), port().eval()
+        fill_informative(upstream, 0)
+        other.load_state_dict(upstream.state_dict(), assign=True)
+        runs = (lambda model=model: {"y": model(X.clone())} for model in (upstream, other))
+        (fault,) = explain_modules(upstream, other, *runs).faults
+    assert fault.was_run
+    assert fault.diagnosis.endswith(diagnose.OF_BITS) is is_of_bits

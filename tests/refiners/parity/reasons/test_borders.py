@@ -91,3 +91,51 @@ def test_what_is_wrong_in_such_a_module_is_named(path: str, name: str, value: ob
     (fault,) = explained(path, name, value).faults
     assert fault.finding.port == path
     assert words in fault.diagnosis
+
+
+class Sides(nn.Module):
+    """Upstream: the means of rows and of columns are joined for one convolution and one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.squeeze, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
+        self.rows, self.columns = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        means = torch.cat((x.mean(3, keepdim=True), x.mean(2, keepdim=True).mT), dim=2)
+        rows, columns = F.hardswish(self.norm(self.squeeze(means))).split((5, 3), dim=2)
+        return x * self.rows(rows).sigmoid() * self.columns(columns.mT).sigmoid()
+
+
+class OneByOne(Sides):
+    """The port: each goes through both by itself."""
+
+    is_exchanged, slope = False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        one, two = (self.columns, self.rows) if self.is_exchanged else (self.rows, self.columns)
+        rows = F.hardswish(self.norm(self.squeeze(x.mean(3, keepdim=True))))
+        columns = self.norm(self.squeeze(x.mean(2, keepdim=True)))
+        columns = F.hardsigmoid(columns) if self.slope else F.hardswish(columns)
+        return x * one(rows).sigmoid() * two(columns).sigmoid()
+
+
+def found_in_sides(fault: str = "") -> list[tuple[str, str]]:
+    picture = torch.linspace(-2, 2, 2 * 3 * 5 * 3, dtype=torch.float64).sin().view(2, 3, 5, 3)
+    keys = {key: key for key in Sides().state_dict()}
+    found = explained_pair(Sides(), OneByOne(), keys, [picture], fault=("", fault, True) if fault else None)
+    return [(fault.finding.port, fault.diagnosis) for fault in found.faults]
+
+
+def test_a_leaf_that_runs_once_for_each_part_of_what_upstream_joins_is_not_blamed() -> None:
+    assert found_in_sides() == []
+
+
+def test_beside_a_leaf_that_runs_for_each_part_only_what_is_wrong_is_named() -> None:
+    ((path, told),) = found_in_sides("is_exchanged")
+    assert path in ("rows", "columns")
+    assert "`rows` and `columns` are exchanged" in told or "`columns` and `rows` are exchanged" in told
+    ((_, told),) = found_in_sides("slope")
+    assert "hardswish" in told

@@ -11,6 +11,7 @@ from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.reasons.layout import joined_axis
 from refiners.parity.weights import fill_informative
+from tests.refiners.parity.toys import explained_pair
 
 PLACES = torch.linspace(-1, 1, 3 * 2 * 7).sin().view(3, 2, 7)
 
@@ -50,6 +51,37 @@ class Port(Upstream):
         cos, sin = F.pad(angles.cos(), pad, value=1.0), F.pad(angles.sin(), pad, value=0.0)
         x = self.up(x)
         return self.down(x * cos + x.flip(-1) * sin)
+
+
+class Neighbours(Upstream):
+    """Pairs of neighbours are turned: each angle stands twice."""
+
+    def angles(self, places: Tensor) -> Tensor:
+        return torch.outer(torch.arange(7.0), 10.0 ** -torch.arange(7.0)).to(places.dtype)
+
+    def doubled(self, table: Tensor) -> Tensor:
+        return table[:, :7].repeat_interleave(2, dim=-1)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        angles = self.angles(places)
+        cos, sin = (self.doubled(wave(torch.cat((angles, angles), dim=-1))) for wave in (torch.cos, torch.sin))
+        x = self.up(x)
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        return self.down(x * cos + turned * sin)
+
+
+class AllInTurn(Neighbours):
+    """The port: all angles stand once more behind the first ones."""
+
+    def doubled(self, table: Tensor) -> Tensor:
+        return table
+
+
+def test_angles_that_do_not_stand_beside_themselves_are_named() -> None:
+    inputs = torch.linspace(-2, 2, 3 * 7 * 8, dtype=torch.float64).sin().view(3, 7, 8), PLACES
+    (found,) = explained_pair(Neighbours(), AllInTurn(), {key: key for key in Upstream().state_dict()}, inputs).faults
+    assert "in the tables of cosines and sines, [7, 14]" in found.diagnosis
+    assert "each angle twice, as 0 0 1 1" in found.diagnosis
 
 
 def explained(fault: str, dtype: str) -> Explanation:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refiners.fluxion.layers as fl
-from refiners.parity.explain import Explanation, explain_modules
+from refiners.conversion import KeyMap, Split
+from refiners.parity.case import Case
+from refiners.parity.explain import Explanation, explain, explain_modules
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.modules import named_modules
 from refiners.parity.weights import fill_informative
@@ -173,3 +175,50 @@ def test_norms_of_which_each_could_be_exchanged_with_several_do_not_stop_the_sea
         found = explain_modules(upstream, port, lambda: {"y": upstream(x)}, lambda: {"y": port(x)})
     assert len(found.faults) == 8
     assert all("Multiply" in fault.diagnosis or "`mul(" in fault.diagnosis for fault in found.faults)
+
+
+class Gated(nn.Module):
+    """Upstream: a norm in front of a branch and one behind it, then gate and up in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind, self.front = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.mix, self.wide, self.down = nn.Linear(16, 16), nn.Linear(16, 40), nn.Linear(20, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.behind(self.mix(x))
+        gate, up = self.wide(self.front(x)).chunk(2, dim=-1)
+        return x + self.down(up * F.silu(gate))
+
+
+class Parted(nn.Module):
+    """The port: two weights, and products of them that are rounded otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.mix, self.gate, self.up, self.down = (
+            nn.Linear(*size) for size in ((16, 16), (16, 20), (16, 20), (20, 16))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(self.mix(x))
+        y = self.two(x)
+        gate = self.gate(y)
+        return x + self.down(gate * (gate.sigmoid() * self.up(y)))
+
+
+def test_norms_of_a_wrong_key_map_are_told_once_where_what_follows_is_rounded_otherwise() -> None:
+    rules = {"{i}.behind": "{i}.two", "{i}.front": "{i}.one", "{i}.wide": Split("{i}.gate", "{i}.up")}
+    case = Case(
+        id="toys/gated",
+        summary="two norms have each other's weights",
+        upstream=lambda: nn.Sequential(Gated(), Gated()),
+        port=lambda: nn.Sequential(Parted(), Parted()),
+        key_map=KeyMap({**rules, "{i}.mix": "{i}.mix", "{i}.down": "{i}.down"}, name="gated"),
+        inputs=lambda generator: {"x": torch.randn(3, 7, 16, generator=generator)},
+        run_upstream=lambda model, inputs: {"y": model(inputs["x"])},
+        run_port=lambda model, inputs: {"y": model(inputs["x"])},
+    )
+    (found,) = explain(case, LANE).faults
+    assert "`0.one` and `0.two` are exchanged (and 1 more such pairs)" in found.diagnosis

@@ -1,5 +1,6 @@
 """An operation that reads something else than upstream's: named by what it reads and what it should read."""
 
+import math
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from refiners.parity.explain import Explanation, explain_modules
 from refiners.parity.lanes import Lane, held_equal
 from refiners.parity.reasons.causes import ONLY_ROUNDING
 from refiners.parity.weights import fill_informative
+from tests.refiners.parity.toys import explained_pair
 
 LANE = Lane("float64")
 X = torch.linspace(-2, 2, 2 * 6 * 16, dtype=LANE.dtype).sin().view(2, 6, 16)
@@ -134,3 +136,94 @@ def test_a_line_that_runs_twice_is_told_apart_by_its_modules() -> None:
         (fault,) = explain_modules(upstream, port, lambda: {"y": upstream(X)}, lambda: {"y": port(X)}).faults
     assert "what `first` returns" in fault.diagnosis
     assert "what `second` returns" in fault.diagnosis
+
+
+class Fading(nn.Module):
+    """Upstream: what is further back counts for less, in each head by a factor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def logs(self, x: Tensor) -> Tensor:
+        return (1 - 2.0 ** (-3 - torch.arange(4, dtype=x.dtype))).log()[:, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(6)
+        fading = torch.exp((steps[:, None] - steps).to(x.dtype) * self.logs(x)).tril()
+        heads = self.up(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        return self.down((fading @ heads).transpose(1, 2).flatten(2))
+
+
+class Written(Fading):
+    """The port: the factors are numbers in a list, and one head further."""
+
+    def logs(self, x: Tensor) -> Tensor:
+        return torch.tensor([math.log(1 - 2.0 ** -(4 + head)) for head in range(4)], dtype=x.dtype).view(-1, 1, 1)
+
+
+def test_numbers_in_a_list_that_are_others_are_shown_beside_upstreams() -> None:
+    inputs = [torch.linspace(-2, 2, 2 * 6 * 8, dtype=torch.float64).sin().view(2, 6, 8)]
+    (found,) = explained_pair(Fading(), Written(), {key: key for key in Fading().state_dict()}, inputs).faults
+    assert "when log(rsub(pow(rsub(…, -3), 2.0), 1))" in found.diagnosis
+    assert "is in the place of the numbers [-0.0645, -0.0317, -0.0157, -0.0078]" in found.diagnosis
+
+
+class Recurrent(nn.Module):
+    """Upstream: a mean of all that was before, which fades; the exponents are kept small by the largest of them."""
+
+    _is_late = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)
+        self.out = nn.Linear(6, 8, bias=False)
+        self.fading, self.bonus = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values, rate = self.key(x), self.value(x), -self.fading.exp()
+        top = bottom = torch.zeros_like(keys[:, 0])
+        peak, made = torch.full_like(top, -1e38), list[Tensor]()
+        for key, value in zip(keys.unbind(1), values.unbind(1), strict=True):
+            faded, now = peak + rate, key + self.bonus
+            level = torch.maximum(faded if self._is_late else peak, now)
+            old, new = ((faded if self._is_late else peak) - level).exp(), (now - level).exp()
+            made.append((old * top + new * value) / (old * bottom + new))
+            level = torch.maximum(faded, key)
+            old, new = (faded - level).exp(), (key - level).exp()
+            top, bottom, peak = old * top + new * value, old * bottom + new, level
+        return self.out(torch.stack(made, dim=1))
+
+
+def test_a_state_that_has_faded_once_too_often_is_named_by_what_should_be_read() -> None:
+    keys = {key: key for key in Recurrent().state_dict()}
+    x = 3 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (found,) = explained_pair(Recurrent(), Recurrent(), keys, [x], fault=("", "_is_late", True)).faults
+    assert "takes the first tensor that `add` at" in found.diagnosis
+    assert "is given, not what that returns" in found.diagnosis
+
+
+class Gates(nn.Module):
+    """Upstream: each of four levels has a gate."""
+
+    _is_reversed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.out = nn.Linear(8, 4), nn.Linear(8, 8)
+        self.levels = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, total = self.gates(x), torch.zeros_like(x)
+        for place, level in enumerate(self.levels):
+            x, start = level(x), 3 - place if self._is_reversed else place
+            total = total + x * gates[..., start : start + 1]
+        return self.out(total)
+
+
+def test_pieces_that_are_taken_from_the_last_to_the_first_are_named() -> None:
+    x = torch.linspace(-2, 2, 2 * 6 * 8, dtype=torch.float64).sin().view(2, 6, 8)
+    keys = {key: key for key in Gates().state_dict()}
+    (found,) = explained_pair(Gates(), Gates(), keys, [x], fault=("", "_is_reversed", True)).faults
+    assert "the 4 pieces that `slice` at" in found.diagnosis
+    assert "are taken from the last to the first" in found.diagnosis
