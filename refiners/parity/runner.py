@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from refiners.parity.result import Result, Verdict
 from refiners.parity.same_islands import WideTraces, trace_wide, unlike_islands
 from refiners.parity.second_look import look_again
 from refiners.parity.side import Observed, changed_weights, observe, weight_states
-from refiners.parity.stages import StageError, in_one_line, shown, stage
+from refiners.parity.stages import StageError, in_one_line, of_other_dtypes, shown, stage
 from refiners.parity.time_limit import TimeIsUp, time_limit
 from refiners.parity.torch_state import default_dtype, seed_torch
 from refiners.parity.verdict import Comparison
@@ -204,6 +205,7 @@ class CaseRunner:
         with stage("running upstream in float64"):
             model = self._build(self.case.upstream, torch.float64).to(lane.device)
             weights.fill_from(model, upstream.state_dict())
+        with stage("running upstream in float64", partial(of_other_dtypes, model, torch.float64)):
             return self._observe(lane, model, torch.float64, is_port=False)
 
     # Comparison
@@ -211,11 +213,11 @@ class CaseRunner:
     def _compare(self, lane: Lane, upstream: nn.Module) -> _Compared:
         trained = {name for name, p in upstream.named_parameters(remove_duplicate=False) if p.requires_grad}
         # Before the port is built: a builder may patch what upstream calls.
-        with stage("running upstream"):
+        with stage("running upstream", partial(of_other_dtypes, upstream, lane.dtype)):
             ours = self._observe(lane, upstream, lane.dtype, is_port=False)
         port, sharing = self._port(lane, upstream)
         faults = _frozen(port, sharing, trained)
-        with stage("running the port"):
+        with stage("running the port", partial(of_other_dtypes, port, lane.dtype)):
             foreign = {type(m) for m in modules(upstream) if not type(m).__module__.startswith("torch.")}
             theirs = self._observe(lane, port, lane.dtype, is_port=True, foreign=foreign)
         truth = self._truth(lane, upstream, ours)
@@ -336,7 +338,7 @@ class CaseRunner:
             case=self.case.id,
             lane=lane.name,
             verdict=Verdict.DIFFERENT,
-            reasons=(f"{failure.stage} raised {in_one_line(error)}",),
+            reasons=(f"{failure.stage} raised {in_one_line(error)}{failure.hint}",),
             upstream=upstream,
             traceback=shown(error),
         )

@@ -1,30 +1,47 @@
 """The stages of running a case: whatever a stage raises becomes one line that says where it was."""
 
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+
+import torch
+from torch import nn
 
 from refiners.errors import ChainError, RefinersError
 from refiners.parity.environment import package_behind
+from refiners.parity.influence import some
 
 
 class StageError(Exception):
     """Something raised while a stage of a case ran."""
 
-    def __init__(self, stage: str, error: BaseException) -> None:
+    def __init__(self, stage: str, error: BaseException, hint: str = "") -> None:
         super().__init__(stage)
-        self.stage, self.error = stage, error
+        self.stage, self.error, self.hint = stage, error, hint
 
 
 @contextmanager
-def stage(name: str) -> Generator[None, None, None]:
-    """Inside, everything but Ctrl-C is a `StageError` of that name."""
+def stage(name: str, hint: Callable[[], str] = str) -> Generator[None, None, None]:
+    """Inside, everything but Ctrl-C is a `StageError` of that name, with what a hint says then."""
     try:
         yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, pytest's Skipped and TimeIsUp are no Exception
-        raise StageError(name, error) from error
+        raise StageError(name, error, hint()) from error
+
+
+def of_other_dtypes(model: nn.Module, dtype: torch.dtype) -> str:
+    """What to do where a model has weights that do not follow the default dtype; "" if all do."""
+    parameters = model.named_parameters()
+    other = {name: p.dtype for name, p in parameters if p.is_floating_point() and p.dtype != dtype}
+    if not other:
+        return ""
+    held = ", ".join(str(one).removeprefix("torch.") for one in dict.fromkeys(other.values()))
+    return (
+        f"; {some(list(other))} hold {held} whatever the default dtype is, as what `torch.FloatTensor` makes does: "
+        "let the case's builder end with `.to(torch.get_default_dtype())`"
+    )
 
 
 def shown(error: BaseException) -> str:

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from refiners.errors import ParityError
 from refiners.parity.lanes import DTYPES, Lane, devices_of, held_equal, select_lanes
+from refiners.parity.verdict import Verdict
+from tests.refiners.parity.toys import Upstream, make_case, result_of
 
 
 def global_state() -> dict[str, Any]:
@@ -109,3 +112,20 @@ def test_cuda_has_to_be_there_when_it_is_asked_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices_of("all") == ("cpu", "cuda")
     assert devices_of("cuda") == ("cuda",)
+
+
+class OfFloats(Upstream):
+    """A weight that is float32 in each lane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.weight = nn.Parameter(torch.FloatTensor(8, 8))
+
+
+def test_weights_that_stay_float32_are_named_where_a_lane_cannot_run_with_them() -> None:
+    reason = result_of(make_case(OfFloats, upstream=OfFloats)).reason
+    assert reason.startswith("running upstream raised RuntimeError: ")
+    assert "`up.weight` hold float32 whatever the default dtype is" in reason
+    assert "let the case's builder end with `.to(torch.get_default_dtype())`" in reason
+    mended = make_case(upstream=lambda: OfFloats().to(torch.get_default_dtype()))
+    assert result_of(mended).verdict is Verdict.BITWISE

@@ -111,9 +111,10 @@ def test_modules_are_paired_by_all_of_their_weights() -> None:
 
 
 def test_a_module_with_a_half_of_a_weight_does_not_hold_the_whole() -> None:
-    upstream = nn.ModuleDict({"wide": nn.Linear(4, 6, bias=False)})
+    wide = nn.Linear(4, 6, bias=False)
+    upstream = nn.ModuleDict({"wide": wide})
     port = nn.ModuleDict({"gate": nn.Linear(4, 3, bias=False), "up": nn.Linear(4, 3, bias=False)})
-    gate, up = upstream["wide"].weight.detach().chunk(2)
+    gate, up = wide.weight.detach().chunk(2)
     port.load_state_dict({"gate.weight": gate, "up.weight": up}, assign=True)
     assert wholes(upstream, port, {}) == {}
     assert wholes(upstream, upstream, {}) == {"wide": "wide"}
