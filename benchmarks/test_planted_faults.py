@@ -93,6 +93,15 @@ class Naming(fl.Chain):
         self.key_of(module)
 
 
+class Listing(fl.Chain):
+    """Looks at the classes of all children for each of them, when it is built."""
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        for module in modules:
+            [type(other) is type(module) for other in modules]
+
+
 class Searching(subjects.Beside):
     """Searches the tree from its start for its place."""
 
@@ -127,6 +136,7 @@ TIMED: dict[str, Callable[[], Contest]] = {
     "loras": lambda: framework.attach(attach_and_search, n=400),
     "seconds_of_loras": lambda: framework.seconds_of_attaching(attach_and_print),
     "reading": lambda: framework.reading(search_all, n=60),
+    "building": lambda: framework.build_chains(Listing),
     "solver": lambda: steps.against(*reversed(steps.samplings(DDIMScheduler()))),  # upstream in the place of the port
     "import": lambda: imports.importing("import refiners.fluxion.layers; sum(range(10_000_000))", fewest=2),
 }
