@@ -34,12 +34,12 @@ class Judge(Protocol):
     def replaced(self, given: Any, right: list[Tensor]) -> Any: ...
 
 
-class LeafLesson:
-    """Teaches a leaf what upstream's received and returned, and appends what is seen to `points`.
+class _Lesson:
+    """Teaches a module what upstream's received and returned, and appends what is seen to `points`.
 
     Receives:
         judge: compares and replaces.
-        path: of the leaf.
+        path: of the module.
         upstream: the path of upstream's.
         points: to which is appended.
     """
@@ -47,14 +47,19 @@ class LeafLesson:
     def __init__(self, judge: Judge, path: str, upstream: str, points: list[Point]) -> None:
         self.judge, self.path, self.upstream, self.points = judge, path, upstream, points
         self.lessons = judge.calls.get(upstream, [])
-        self.count = 0
-        self.has_other_size = self.is_turned = False
-        self.received: Any = ()
+        self.count: int = 0
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """Where the leaf is."""
+        """Where the module is, and how often it ran before."""
         return self.path, self.upstream, self.count - 1
+
+
+class LeafLesson(_Lesson):
+    """Teaches a leaf."""
+
+    has_other_size = is_turned = False
+    received: Any = ()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the leaf: what arrives is compared and replaced."""
@@ -121,21 +126,10 @@ class LeafLesson:
         return True
 
 
-class WholeLesson:
-    """The same for a module that is no leaf: it is taught what fits, and what it returns is judged as a way.
+class WholeLesson(_Lesson):
+    """The same for a module that is no leaf: it is taught what fits, and what it returns is judged as a way."""
 
-    Receives:
-        judge: compares and replaces.
-        path: of the module.
-        upstream: the path of upstream's.
-        points: to which is appended.
-    """
-
-    def __init__(self, judge: Judge, path: str, upstream: str, points: list[Point]) -> None:
-        self.judge, self.path, self.upstream, self.points = judge, path, upstream, points
-        self.lessons = judge.calls.get(upstream, [])
-        self.count = 0
-        self.is_taught = False
+    is_taught = False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the module: what arrives is compared and replaced, if it is of upstream's kind."""
@@ -144,8 +138,8 @@ class WholeLesson:
         self.is_taught = self.count <= len(self.lessons) and is_alike(given, self.lessons[self.count - 1].received)
         if not self.is_taught:
             return None
-        place, right = (self.path, self.upstream, self.count - 1), self.lessons[self.count - 1].received
-        self.points.append(self.judge.compare(Where.RECEIVES, place, given, right))
+        right = self.lessons[self.count - 1].received
+        self.points.append(self.judge.compare(Where.RECEIVES, self.place, given, right))
         with undispatched():
             return self.judge.replaced(given, right)
 
@@ -154,7 +148,7 @@ class WholeLesson:
         right = self.lessons[self.count - 1].returned if self.is_taught else []
         if not self.is_taught or not is_alike(output, right):
             return None
-        point = self.judge.compare(Where.RETURNS, (self.path, self.upstream, self.count - 1), output, right)
+        point = self.judge.compare(Where.RETURNS, self.place, output, right)
         self.points.append(replace(point, is_way=True))
         with undispatched():
             return None if point.agrees else self.judge.replaced(output, right)

@@ -63,11 +63,9 @@ def _value(program: Program, operation: Operation, is_hidden: bool) -> bool | fl
     mask = program.values[operation.inputs[place or 0]]
     if mask.dtype != torch.bool:
         return float(mask.flatten()[mask.abs().argmax()]) if is_hidden else 0.0
-    if operation.name == "aten.masked_fill":
-        return is_hidden
     if operation.name == "aten.where":
         return is_hidden == _is_huge(program.values[operation.inputs[1]])
-    return not is_hidden
+    return is_hidden
 
 
 def _is_huge(value: Tensor) -> bool:

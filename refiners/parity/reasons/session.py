@@ -1,7 +1,6 @@
 """Two models that were taken apart, and what a hypothesis about them is tried in."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -109,12 +108,6 @@ class Session:
     def _held(self, model: nn.Module) -> Iterator[tuple[int, str]]:
         yield from self._parameters(model)
         yield from ((self.teacher.values.number_of_weight(tensor), name) for name, tensor in model.named_buffers())
-
-    def upstream_modules(self) -> set[str]:
-        """Paths of the port whose upstream module runs as often."""
-        often = Counter(call.path for call in self.port_trace.calls)
-        there = Counter(call.path for call in self.upstream_trace.calls)
-        return {path for path, other in self.pairing.items() if often[path] == there[other]}
 
     def start(self, points: list[Point]) -> None:
         """Remembers where the unedited port disagrees."""

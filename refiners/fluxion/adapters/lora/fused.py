@@ -208,11 +208,6 @@ def fuse_loras(loras: Iterable[Lora[Any]]) -> list[FusedLoras]:
     return [_fused(group) for group in groups.values()]
 
 
-def can_fuse(delta: Any) -> bool:
-    """Whether an adapter of a layer is one that can be fused: a LoRA of a Linear or of a convolution without groups."""
-    return _shape(delta) is not None
-
-
 def _fused(loras: list[Lora[Any]]) -> FusedLoras:
     fused = FusedLoras(*loras)
     for lora in loras:
