@@ -344,7 +344,7 @@ def _holders(top: Chain, target: nn.Module) -> list[Any]:
         branches: list[Any] = [] if target.parent is None or target not in target.parent else [target.parent]
     else:
         branches = holders_of(target)
-    return [branch for branch in branches if branch is top or top in branch.get_parents()]
+    return [branch for branch in branches if branch is top or any(parent is top for parent in branch.get_parents())]
 
 
 def _explain_absence(top: Chain, target: nn.Module) -> str:

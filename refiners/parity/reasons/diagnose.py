@@ -55,11 +55,10 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if by_values.is_wiring(finding):
         made = _by_its_maker(finding, session)
         return (made, True) if made else (by_values.wired(finding, session), False)
-    is_blank = reads_unwritten(finding)
-    programs = _programs(finding, session) if is_blank or session.fruitless.rounded >= MOST_ROUNDED else None
-    told = unwritten(*programs) if programs is not None and is_blank else ""
+    told = _unwritten(finding, session)
     if told:
         return told, False
+    programs = _programs(finding, session) if session.fruitless.rounded >= MOST_ROUNDED else None
     is_rounding = programs is not None and causes.is_rounding_of_float32(*programs)
     found = None if is_rounding else by_hypothesis(finding, session)
     if session.is_late() or (found and not found.is_vague):
@@ -71,6 +70,12 @@ def diagnose(finding: Finding, session: Session) -> tuple[str, bool]:
     if vague and not told:
         return vague, True
     return told or by_values.by_data_flow(finding, session), False
+
+
+def _unwritten(finding: Finding, session: Session) -> str:
+    """What is read though nobody wrote to it, before anything is run: what lies there is chance."""
+    programs = _programs(finding, session) if reads_unwritten(finding) else None
+    return unwritten(*programs) if programs is not None else ""
 
 
 def _told(text: str, finding: Finding, session: Session) -> str:

@@ -1,4 +1,4 @@
-"""Masks that treat a position itself otherwise than upstream's: a token that is padding sees itself, or nothing."""
+"""Masks that hide a position from itself, where upstream's do not: a token that is padding sees itself there."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,23 +11,17 @@ from refiners.parity.reasons.candidates import Candidate, groups
 from refiners.parity.reasons.replay import HUGE, Edit, Program
 from refiners.parity.reasons.trial import Making
 
-_WORDS = {
-    True: "hides each position from itself as well",
-    False: "hides no position from itself",
-}
-
 
 def diagonals(program: Program) -> Iterator[Candidate]:
-    """The diagonal of a mask of squares is another one."""
+    """No position is hidden from itself by a mask of squares."""
     for group in groups(program):
         place = _place_of_mask(program, group[0])
         size = _size(group[0])
         if place is None or size is None or any(_size(operation) != size for operation in group):
             continue
-        for is_hidden, words in _WORDS.items():
-            text = f"when the mask of `{flow.name_of(group[0])}` at {group[0].source} {words}"
-            value = _value(program, group[0], is_hidden)
-            yield Candidate(text, _with_diagonal(group, place, size, value), (str(group[0].source), place, is_hidden))
+        text = f"when the mask of `{flow.name_of(group[0])}` at {group[0].source} hides no position from itself"
+        making = _with_diagonal(group, place, size, _seen(program, group[0], place))
+        yield Candidate(text, making, (str(group[0].source), place))
 
 
 def _place_of_mask(program: Program, operation: Operation) -> int | None:
@@ -57,15 +51,11 @@ def _size(operation: Operation) -> int | None:
     return seen[0] if seen[0] == seen[1] > 1 else None
 
 
-def _value(program: Program, operation: Operation, is_hidden: bool) -> bool | float:
-    """What stands in the mask where a position is hidden, or is not."""
-    place = _place_of_mask(program, operation)
-    mask = program.values[operation.inputs[place or 0]]
-    if mask.dtype != torch.bool:
-        return float(mask.flatten()[mask.abs().argmax()]) if is_hidden else 0.0
-    if operation.name == "aten.where":
-        return is_hidden == _is_huge(program.values[operation.inputs[1]])
-    return is_hidden
+def _seen(program: Program, operation: Operation, place: int) -> bool | float:
+    """What stands in the mask where a position is seen."""
+    if program.values[operation.inputs[place]].dtype != torch.bool:
+        return 0.0
+    return operation.name == "aten.where" and not _is_huge(program.values[operation.inputs[1]])
 
 
 def _is_huge(value: Tensor) -> bool:
